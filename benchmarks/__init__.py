@@ -1,0 +1,8 @@
+"""Benchmarks, a file per question, each ``python -m benchmarks.NAME``; ``harness`` is what they share.
+
+tail        the fused operator against PyTorch's three, at the shapes of ResNet-18 or over a sweep of sizes
+overhead    host time per call, where there is next to nothing to compute
+block       Residual against FusedResidual, per stage of ResNet-18
+resnet18    the whole network: a training step and inference
+train       the whole network really trained on handwritten digits, plain and fused side by side
+"""

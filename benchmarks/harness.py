@@ -1,0 +1,286 @@
+"""What every benchmark shares: arguments, interleaved timing, the table, JSON and plots.
+
+A benchmark is a list of :class:`Case`, each a set-up that returns :class:`Provider` objects; the first one is eager
+PyTorch, with which the others are compared. :func:`measure` lets the providers of a case take turns.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+import resnet_fused
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the work of a case; ``call`` does it once."""
+
+    name: str
+    call: Callable[[], object]
+    memory_format: str
+    backend: str = "eager"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work. ``setup`` allocates its tensors and returns its providers, eager first."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    phase: str  # forward, backward, forward+backward, train_step, inference or host_overhead
+    setup: Callable[[], list[Provider]]
+
+
+# Arguments and environment
+
+
+def make_parser(bench, description, batch_size, providers=(), default_providers=None):
+    """The arguments that every benchmark takes. ``providers``: those that may be chosen, beside eager."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{bench}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(bench=bench)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there (.png, .svg, .pdf)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="default: %(default)s")
+    parser.add_argument("--backend", default="auto", help="of the fused provider; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
+    parser.add_argument("--no-mallopt", action="store_true", help="leave malloc as it is: page faults are timed, too")
+    if providers:
+        default_providers = list(default_providers or providers)
+        parser.add_argument("--providers", nargs="+", choices=providers, default=default_providers, help="beside eager")
+        parser.add_argument("--rounds", type=int, default=7, help="least number of turns; default: %(default)s")
+        parser.add_argument(
+            "--seconds", type=float, default=0.5, help="timed per provider and case, or longer; default: %(default)s"
+        )
+    return parser
+
+
+def _keep_freed_memory():
+    """Have glibc's malloc keep freed memory, as GPU allocators do; says what was done.
+
+    Otherwise it hands every freed activation back to the kernel, and each fresh output costs page faults: for every
+    provider about as much again as its kernels.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return "not there (no glibc)"
+    # Older versions of glibc refuse to serve more than 32 MiB from the heap.
+    threshold = next((size for size in (2**31 - 1, 2**25) if mallopt(mmap_threshold, size)), None)
+    return f"M_MMAP_THRESHOLD={threshold}, M_TRIM_THRESHOLD={-1 if mallopt(trim_threshold, -1) else None}"
+
+
+def _machine(args, malloc):
+    """What the figures depend on beside the code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return {
+        "cpu": next(models, platform.processor()),
+        "cpu_count": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None,
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resnet_fused": resnet_fused.__version__,
+        "threads": torch.get_num_threads(),
+        "mallopt": malloc,
+    }
+
+
+@contextlib.contextmanager
+def session(args):
+    """Run under the arguments' threads, malloc settings and backend, alike for all providers; yields the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    machine = _machine(args, "left alone" if args.no_mallopt else _keep_freed_memory())
+    print(", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None))
+    try:
+        with resnet_fused.use_backend(args.backend):
+            yield machine
+    finally:
+        torch.set_num_threads(threads)
+
+
+# Set-ups
+
+
+def fused_backend(device):
+    """Name of the backend that serves fused calls on ``device``."""
+    return resnet_fused.backend.select(device.type).name
+
+
+def is_half(dtype):
+    return DTYPES[dtype].itemsize == 2
+
+
+def parameter_dtype(dtype):
+    """Parameters stay in float32 beside half activations, as under autocast."""
+    return torch.float32 if is_half(dtype) else DTYPES[dtype]
+
+
+def autocast(function, device, dtype):
+    """``function`` under autocast where ``dtype`` is a half type, else itself."""
+    return torch.autocast(device.type, DTYPES[dtype])(function) if is_half(dtype) else function
+
+
+def compiled(function):
+    """``function`` under torch.compile, for one set-up's shapes. Compiled at its first call."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
+# Timing
+
+
+def measure(providers, rounds, seconds):
+    """Seconds per call of each provider: a list for each, one mean per block of calls.
+
+    The providers take turns in blocks of several calls, so that drift of the clock meets all alike. Not call by call:
+    a provider that streams its output past the caches would leave the next one's inputs cold. Timer runs each block's
+    first calls untimed, pauses garbage collection and synchronises with the GPU.
+    """
+    timers = [Timer("call()", globals={"call": p.call}, num_threads=torch.get_num_threads()) for p in providers]
+    estimates = [timer.timeit(2).mean for timer in timers]
+    calls = [max(2, round(0.01 / estimate)) for estimate in estimates]
+    block_seconds = statistics.mean(n * estimate for n, estimate in zip(calls, estimates, strict=True))
+    rounds = max(rounds, round(seconds / block_seconds))
+    times = [[] for _ in providers]
+    for _ in range(rounds):
+        for timer, n, of_one in zip(timers, calls, times, strict=True):
+            of_one.append(timer.timeit(n).mean)
+    return times
+
+
+def make_rows(args, case, providers, times):
+    """A row of results for each provider, from the seconds its calls took; the first provider is eager."""
+    quantiles = [
+        torch.tensor(of_one, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+        for of_one in times
+    ]
+    return [
+        {
+            "bench": args.bench,
+            "case": case.name,
+            "shape": list(case.shape),
+            "dtype": case.dtype,
+            "memory_format": provider.memory_format,
+            "device": args.device.type,
+            "phase": case.phase,
+            "provider": provider.name,
+            "backend": provider.backend,
+            "median_ms": median * 1e3,
+            "p20_ms": p20 * 1e3,
+            "p80_ms": p80 * 1e3,
+            "ratio_to_eager": quantiles[0][1] / median,
+        }
+        for provider, (p20, median, p80) in zip(providers, quantiles, strict=True)
+    ]
+
+
+def run(args, cases):
+    """Set up and measure every case with the providers asked for; returns the rows."""
+    rows = []
+    for case in tqdm(cases, desc=args.bench, disable=None):
+        torch.manual_seed(0)
+        providers = [p for p in case.setup() if p.name in ("eager", *args.providers)]
+        rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds))
+    return rows
+
+
+# Results
+
+
+def size_of(row):
+    """The shape as a reader names it: 32x64x24x24."""
+    return "x".join(map(str, row["shape"]))
+
+
+def print_table(rows, **columns):
+    """Print the rows; ``columns`` are further ones, each a function of the row that returns a text."""
+    columns = {
+        "case": itemgetter("case"),
+        "shape": size_of,
+        **{name: itemgetter(name) for name in ("dtype", "memory_format", "device", "phase", "provider", "backend")},
+        "median ms": lambda row: f"{row['median_ms']:.4f}",
+        "20 to 80 %": lambda row: f"{row['p20_ms']:.4f} to {row['p80_ms']:.4f}",
+        "ratio to eager": lambda row: f"{row['ratio_to_eager']:.2f}",
+        **columns,
+    }
+    lines = [list(columns), *([text(row) for text in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def write_json(args, machine, rows, **more):
+    """Write what was measured, where ``--json`` asks for it."""
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows, **more}, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def figure(args, machine, panels, size=(7, 5)):
+    """Yields ``panels`` axes side by side, and saves them where ``--plot`` says."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
+    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    yield figure.subplots(1, panels, squeeze=False)[0]
+    args.plot.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.plot, dpi=120)
+
+
+def plot_ratios(args, machine, rows):
+    """Bars of the speed relative to eager, with the milliseconds beside them; a panel per phase."""
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    series = list(dict.fromkeys((row["provider"], row["memory_format"]) for row in rows))
+    groups = list(dict.fromkeys((row["case"], size_of(row), row["dtype"]) for row in rows))
+    height = 0.8 / len(series)
+    with figure(args, machine, len(phases), size=(7, 1.5 + 0.22 * len(series) * len(groups))) as panels:
+        for axes, phase in zip(panels, phases, strict=True):
+            for i, key in enumerate(series):
+                bars = [r for r in rows if r["phase"] == phase and (r["provider"], r["memory_format"]) == key]
+                places = [groups.index((r["case"], size_of(r), r["dtype"])) + i * height for r in bars]
+                drawn = axes.barh(places, [r["ratio_to_eager"] for r in bars], height, label=", ".join(key))
+                axes.bar_label(drawn, [f"{r['median_ms']:.3g} ms" for r in bars], padding=2, fontsize=7)
+            axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], ["\n".join(g) for g in groups])
+            axes.invert_yaxis()
+            axes.axvline(1, color="grey", linewidth=0.8)
+            axes.set(title=phase, xlabel="eager's time / this one's")
+            axes.margins(x=0.15)
+        panels[0].legend(fontsize=8)
+
+
+def report(args, machine, rows, plot=plot_ratios, **columns):
+    """Print the table, and write JSON and plot where asked to."""
+    print_table(rows, **columns)
+    write_json(args, machine, rows)
+    if args.plot:
+        plot(args, machine, rows)

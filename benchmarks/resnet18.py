@@ -1,0 +1,88 @@
+"""ResNet-18 at 96x96: a training step and inference, plain and fused, in both layouts, and plain under torch.compile.
+
+The ratios of all rows are to plain PyTorch in the first layout.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+import resnet_fused
+from resnet_fused import FusedResidual, Residual
+
+from . import harness
+
+SIDE = 96
+
+
+class Network:
+    """A ResNet-18 built from seed 0, with its optimizer."""
+
+    def __init__(self, block, device, dtype, memory_format, compile=False):
+        torch.manual_seed(0)
+        self.model = resnet_fused.resnet18(in_channels=1, block=block)
+        self.model.to(device, harness.parameter_dtype(dtype), memory_format=harness.MEMORY_FORMATS[memory_format])
+        forward = harness.autocast(self.model, device, dtype)
+        self.forward = harness.compiled(forward) if compile else forward
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
+
+    def train_step(self, images, labels):
+        """One step of stochastic gradient descent; returns the loss."""
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.forward(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def infer(self, images):
+        return self.forward(images)
+
+
+def setup(device, memory_formats, shape, dtype, phase):
+    images = torch.randn(shape, device=device, dtype=harness.parameter_dtype(dtype))
+    labels = torch.randint(10, shape[:1], device=device)
+
+    def provider(name, block, memory_format, backend):
+        network = Network(block, device, dtype, memory_format, compile=name == "torch.compile")
+        network.model.train(phase == "train_step")
+        call = (
+            functools.partial(network.train_step, images, labels)
+            if phase == "train_step"
+            else functools.partial(network.infer, images)
+        )
+        return harness.Provider(name, call, memory_format, backend)
+
+    backend = harness.fused_backend(device)
+    return [
+        *(provider("eager", Residual, memory_format, "eager") for memory_format in memory_formats),
+        provider("torch.compile", Residual, memory_formats[0], "inductor"),
+        *(provider("fused", FusedResidual, memory_format, backend) for memory_format in memory_formats),
+    ]
+
+
+def cases(args):
+    shape = (args.batch_size, 1, SIDE, SIDE)
+    return [
+        harness.Case(
+            "resnet18",
+            shape,
+            dtype,
+            phase,
+            functools.partial(setup, args.device, args.memory_format, shape, dtype, phase),
+        )
+        for dtype in args.dtype
+        for phase in ("train_step", "inference")
+    ]
+
+
+def main(argv=None):
+    args = harness.make_parser("resnet18", __doc__, 32, ("fused", "torch.compile")).parse_args(argv)
+    with harness.session(args) as machine:
+        rows = harness.run(args, cases(args))
+    harness.report(args, machine, rows, **{"images/s": lambda row: f"{row['shape'][0] / row['median_ms'] * 1e3:.1f}"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The tail of a residual block, relu(batch_norm(x) + residual), in training: forward, backward and both.
+
+Providers: eager's three operators in the reference block's in-place form; torch.compile of them (with --providers, as
+it compiles for minutes); the fused operator; and the time to copy x once, the unit in which the limit is known.
+"""
+
+import functools
+import itertools
+import math
+import statistics
+
+import psutil
+import torch
+import torch.nn.functional as F
+
+from resnet_fused.functional import batch_norm_add_relu
+
+from . import harness
+
+PHASES = ("forward", "backward", "forward+backward")
+STAGES = ((64, 24), (128, 12), (256, 6), (512, 3), (64, 56))  # channels and side; the last as in a 224x224 network
+SWEEP = [2**k for k in range(10, 31, 2)]  # bytes per tensor, 1 KiB to 1 GiB
+
+# The least a training step can move, in copies of x (a copy reads and writes: 2 passes). Forward: x and residual read,
+# y written. Backward: grad_output, x and y read, both gradients written.
+LIMIT_IN_COPIES = {"forward": 3 / 2, "backward": 5 / 2, "forward+backward": 8 / 2}
+
+
+def eager(input, residual, running_mean, running_var, weight, bias):
+    """The reference block's form."""
+    return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training=True).add_(residual))
+
+
+def fused(*tensors):
+    return batch_norm_add_relu(*tensors, training=True)
+
+
+def setup(device, shape, dtype, memory_format, phase):
+    """The providers at one shape; roughly half of the outputs are clipped."""
+
+    def randn():
+        tensor = torch.randn(shape, dtype=harness.DTYPES[dtype], device=device)
+        return tensor.to(memory_format=harness.MEMORY_FORMATS[memory_format])
+
+    input, residual, grad_output = randn().requires_grad_(), randn().requires_grad_(), randn()
+    vector = {"dtype": harness.parameter_dtype(dtype), "device": device}
+    weight = torch.rand(shape[1], **vector).requires_grad_()
+    bias = torch.randn(shape[1], **vector).requires_grad_()
+    needs_grad = (input, residual, weight, bias)
+
+    def provider(name, tail, backend):
+        running = torch.zeros(shape[1], **vector), torch.ones(shape[1], **vector)
+        forward = functools.partial(tail, input, residual, *running, weight, bias)
+        output = functools.cache(forward)  # one graph, made at the first backward
+        calls = {
+            "forward": forward,
+            "backward": lambda: torch.autograd.grad(output(), needs_grad, grad_output, retain_graph=True),
+            "forward+backward": lambda: torch.autograd.grad(forward(), needs_grad, grad_output),
+        }
+        return harness.Provider(name, calls[phase], memory_format, backend)
+
+    copy = functools.partial(torch.empty_like(input, requires_grad=False).copy_, input.detach())
+    return [
+        provider("eager", eager, "eager"),
+        provider("torch.compile", harness.compiled(eager), "inductor"),
+        provider("fused", fused, harness.fused_backend(device)),
+        harness.Provider("copy", copy, memory_format),
+    ]
+
+
+def shape_of_size(size, itemsize):
+    """A shape of 64 channels that fills ``size`` bytes: images grow to 32x32, then the batch does."""
+    pixels = max(2, size // itemsize // 64)
+    side = 2 ** min(5, int(math.log2(pixels)) // 2)
+    return (pixels // side**2, 64, side, side)
+
+
+def cases(args):
+    if args.sizes is None:
+        shapes = [(args.batch_size, channels, side, side) for channels, side in STAGES]
+        phases = PHASES
+    else:
+        available = psutil.virtual_memory().available if args.device.type == "cpu" else torch.cuda.mem_get_info()[0]
+        sizes = [size for size in args.sizes or SWEEP if 12 * size < available]  # some 10 such tensors live at once
+        print(f"sizes: {', '.join(map(str, sizes))} bytes per tensor, as far as memory allows")
+        phases = PHASES[-1:]
+    result = []
+    for dtype in args.dtype:
+        if args.sizes is not None:
+            shapes = [shape_of_size(size, harness.DTYPES[dtype].itemsize) for size in sizes]
+        for memory_format, shape, phase in itertools.product(args.memory_format, shapes, phases):
+            make = functools.partial(setup, args.device, shape, dtype, memory_format, phase)
+            result.append(harness.Case("batch_norm_add_relu", shape, dtype, phase, make))
+    return result
+
+
+def add_share_of_limit(rows):
+    """The table's further column: least time, by what a copy took in the same case, over the time taken."""
+
+    def key(row):
+        return row["shape"], row["dtype"], row["memory_format"], row["phase"]
+
+    copies = [(key(row), row["median_ms"]) for row in rows if row["provider"] == "copy"]
+
+    def share(row):
+        limit = [LIMIT_IN_COPIES[row["phase"]] * copy_ms for of, copy_ms in copies if of == key(row)]
+        return f"{limit[0] / row['median_ms']:.0%}" if limit and row["provider"] != "copy" else ""
+
+    return {"of the limit": share}
+
+
+def print_means(rows):
+    """The figure to quote: geometric means of the speed of a whole training step, over shapes and layouts."""
+    ratios = {}
+    for row in rows:
+        if row["phase"] == "forward+backward" and row["provider"] not in ("eager", "copy"):
+            ratios.setdefault((row["provider"], row["dtype"]), []).append(row["ratio_to_eager"])
+    for (provider, dtype), values in ratios.items():
+        mean = statistics.geometric_mean(values)
+        print(f"{provider}, {dtype}, forward+backward: {mean:.2f}x eager, geometric mean of {len(values)} cases")
+
+
+def plot_ratios(args, machine, rows):
+    harness.plot_ratios(args, machine, [row for row in rows if row["provider"] != "copy"])
+
+
+def plot_sizes(args, machine, rows):
+    """How cost grows with work: time over bytes per tensor, a panel per dtype and layout."""
+    kinds = list(dict.fromkeys((row["dtype"], row["memory_format"]) for row in rows))
+    with harness.figure(args, machine, len(kinds)) as panels:
+        for axes, kind in zip(panels, kinds, strict=True):
+            of_kind = [row for row in rows if (row["dtype"], row["memory_format"]) == kind]
+            for name in dict.fromkeys(row["provider"] for row in of_kind):
+                line = [row for row in of_kind if row["provider"] == name]
+                sizes = [math.prod(row["shape"]) * harness.DTYPES[row["dtype"]].itemsize for row in line]
+                times = [row["median_ms"] for row in line]
+                axes.loglog(sizes, times, "--" if name == "copy" else "-", marker=".", label=name)
+            axes.set(title=", ".join(kind), xlabel="bytes per tensor", ylabel="forward+backward, ms")
+            axes.legend()
+
+
+def main(argv=None):
+    parser = harness.make_parser("tail", __doc__, 32, ("fused", "copy", "torch.compile"), ("fused", "copy"))
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="*",
+        metavar="BYTES",
+        help="forward+backward over these sizes of a tensor instead; 1 KiB to 1 GiB where none are named",
+    )
+    args = parser.parse_args(argv)
+    with harness.session(args) as machine:
+        rows = harness.run(args, cases(args))
+    plot = plot_ratios if args.sizes is None else plot_sizes
+    harness.report(args, machine, rows, plot, **add_share_of_limit(rows))
+    print_means(rows)
+
+
+if __name__ == "__main__":
+    main()

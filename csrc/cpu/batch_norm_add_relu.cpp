@@ -1,0 +1,448 @@
+// relu(batch_norm(input) [+ residual]) on the CPU: tensors in, kernels called, tensors out; both ops share all of it.
+//
+// Public arguments are checked in Python (resnet_fused/functional.py), with ValueError and TypeError; what is checked
+// again here is what memory safety needs where somebody calls the raw ops.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "capability.h"
+
+namespace resnet_fused {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Layout ---------------------------------------------------------------------------------------------------------------
+
+// Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what Tensor::suggest_memory_format
+// says, which the stable ABI lacks.
+bool has_channels_last_strides(const Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  if (dim != 4 && dim != 5) return false;
+  int64_t smallest = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    const int64_t d = i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;  // C, W, H, [D,] N
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 0 || stride < smallest || (d == 1 && stride == 0)) return false;
+    if (d == 0 && smallest == tensor.stride(1)) return false;  // ambiguous: contiguous
+    smallest = stride * std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+MemoryFormat memory_format(const Tensor& tensor) {
+  if (tensor.is_contiguous() || !has_channels_last_strides(tensor)) return MemoryFormat::Contiguous;
+  return tensor.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// The tensor itself where it is dense in that format, else a copy that is.
+Tensor as_format(const Tensor& tensor, MemoryFormat format) {
+  if (format == MemoryFormat::Contiguous) return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return torch::stable::contiguous(tensor, format);
+}
+
+Tensor empty_like(const Tensor& input, MemoryFormat format) {
+  return torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, input.device(), std::nullopt, format);
+}
+
+Tensor empty_vector(const Tensor& input, int64_t size, ScalarType type) {
+  return torch::stable::empty({size}, type, std::nullopt, input.device());
+}
+
+Plan plan_of(const Tensor& input, MemoryFormat format) {
+  const int64_t batch = input.size(0), channels = input.size(1), inner = input.numel() / (batch * channels);
+  const int64_t threads = torch::stable::get_num_threads();
+  if (format == MemoryFormat::Contiguous) return make_plan(batch, channels, inner, threads);
+  return make_plan(batch * inner, channels, 1, threads);
+}
+
+// Types ----------------------------------------------------------------------------------------------------------------
+
+ElementType element_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::float32;
+    case ScalarType::Double:
+      return ElementType::float64;
+    case ScalarType::BFloat16:
+      return ElementType::bfloat16;
+    case ScalarType::Half:
+      return ElementType::float16;
+    default:
+      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+  }
+}
+
+// A value as the kernels will see it after the conversion to their accumulation type.
+double rounded(double value, ElementType type) {
+  return type == ElementType::float64 ? value : static_cast<double>(static_cast<float>(value));
+}
+
+// A per-channel vector of any of the four types, and any stride, read and written as double; absent: one value for all.
+class PerChannel {
+ public:
+  PerChannel(const OptionalTensor& tensor, const char* name, int64_t channels, double otherwise)
+      : otherwise_(otherwise) {
+    if (!tensor) return;
+    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels, name,
+                    ": expected a CPU tensor of shape (", channels, ",)");
+    data_ = static_cast<char*>(tensor->data_ptr());
+    type_ = tensor->scalar_type();
+    element_type(*tensor);
+    stride_ = tensor->stride(0);
+  }
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  double operator[](int64_t channel) const {
+    if (data_ == nullptr) return otherwise_;
+    double value = 0;
+    visit(channel, [&](const auto& element) { value = static_cast<double>(element); });
+    return value;
+  }
+
+  void set(int64_t channel, double value) const {
+    visit(channel, [&](auto& element) { element = static_cast<std::decay_t<decltype(element)>>(static_cast<float>(value)); },
+          [&](double& element) { element = value; });
+  }
+
+ private:
+  template <typename F, typename G>
+  void visit(int64_t channel, F f, G g) const {
+    const int64_t i = channel * stride_;
+    switch (type_) {
+      case ScalarType::Double:
+        return g(reinterpret_cast<double*>(data_)[i]);
+      case ScalarType::Float:
+        return f(reinterpret_cast<float*>(data_)[i]);
+      case ScalarType::BFloat16:
+        return f(reinterpret_cast<torch::headeronly::BFloat16*>(data_)[i]);
+      default:
+        return f(reinterpret_cast<torch::headeronly::Half*>(data_)[i]);
+    }
+  }
+  template <typename F>
+  void visit(int64_t channel, F f) const {
+    visit(channel, f, f);
+  }
+
+  char* data_ = nullptr;
+  ScalarType type_ = ScalarType::Double;
+  int64_t stride_ = 1;
+  double otherwise_;
+};
+
+// The schedule ---------------------------------------------------------------------------------------------------------
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kParallelElements = 32768;
+
+// Calls f(Work) for the flat range [begin, end) of a plan's chunks, block by block.
+template <typename F>
+void for_each_work(const Plan& plan, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    const int64_t block = begin / plan.chunks, first = begin % plan.chunks;
+    const int64_t last = std::min(plan.chunks, first + end - begin);
+    f(Work{block, first, last});
+    begin += last - first;
+  }
+}
+
+// Runs reduce over every chunk of a channel, then finish for the channel, then apply over its chunks. With a block or
+// more per thread a thread takes its blocks through all three, one by one, while they are in its cache; else the
+// threads share the chunks, and meet in between.
+template <typename Reduce, typename Finish, typename Apply>
+void run(const Plan& plan, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  const auto blocks = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      reduce(Work{block, 0, plan.chunks});
+      finish(plan.block_begin(block), plan.block_end(block));
+      apply(Work{block, 0, plan.chunks});
+    }
+  };
+  const auto share = [&](const auto& f) {
+    torch::stable::parallel_for(0, plan.blocks * plan.chunks, 1,
+                                [&](int64_t begin, int64_t end) { for_each_work(plan, begin, end, f); });
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || plan.outer * plan.channels * plan.inner < kParallelElements) {
+    blocks(0, plan.blocks);
+  } else if (plan.blocks >= threads) {
+    torch::stable::parallel_for(0, plan.blocks, 1, blocks);
+  } else {
+    share(reduce);
+    finish(0, plan.channels);
+    share(apply);
+  }
+}
+
+void nothing(Work) {}
+
+// Three per-channel vectors of double.
+struct AffineBuffer {
+  std::vector<double> values;
+  int64_t channels;
+  explicit AffineBuffer(int64_t channels) : values(3 * channels), channels(channels) {}
+
+  double* mean() { return values.data(); }
+  double* scale() { return values.data() + channels; }
+  double* shift() { return values.data() + 2 * channels; }
+  Affine view() { return {mean(), scale(), shift()}; }
+
+  // (input - mean) * invstd * weight + bias, with the mean rounded to the accumulation type, and what the rounding
+  // dropped made up for in the shift: at mean 1e4 and std 1e-2 it is 5 % of the std.
+  void set(int64_t channel, double exact_mean, double invstd, double weight, double bias, ElementType type) {
+    const double scaled = rounded(invstd * weight, type), mean_ = rounded(exact_mean, type);
+    const double dropped = exact_mean - mean_;
+    mean()[channel] = mean_;
+    scale()[channel] = scaled;
+    shift()[channel] = rounded(dropped == 0 || dropped != dropped ? bias : bias - dropped * scaled, type);
+  }
+};
+
+// Forward --------------------------------------------------------------------------------------------------------------
+
+void check_input(const Tensor& input) {
+  STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.size(1) >= 1,
+                  "input: expected a CPU tensor (N, C, *) with at least one channel");
+}
+
+void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
+  const auto sizes = tensor.sizes(), expected = input.sizes();
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == input.scalar_type() && sizes.size() == expected.size() &&
+                      std::equal(sizes.begin(), sizes.end(), expected.begin()),
+                  name, ": expected a CPU tensor of the input's shape and type");
+}
+
+// A chunk's moments join those of the chunks before it (Chan et al.'s parallel update).
+Moments channel_moments(const Plan& plan, const Moments* partial, int64_t channel) {
+  Moments total = partial[channel];
+  double count = static_cast<double>(plan.chunk(0).count());
+  for (int64_t index = 1; index < plan.chunks; ++index) {
+    const Moments& next = partial[index * plan.channels + channel];
+    const double next_count = static_cast<double>(plan.chunk(index).count()), sum = count + next_count;
+    const double delta = next.mean - total.mean;
+    total.mean += delta * (next_count / sum);
+    total.m2 += next.m2 + delta * delta * (count * next_count / sum);
+    count = sum;
+  }
+  if (total.m2 < 0) total.m2 = 0;  // rounding; NaN stays
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& residual,
+                                           const OptionalTensor& weight, const OptionalTensor& bias,
+                                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                           const OptionalTensor& num_batches_tracked, const OptionalTensor& input_bias,
+                                           bool training, std::optional<double> momentum, double eps) {
+  check_input(input);
+  const ElementType type = element_type(input);
+  const int64_t channels = input.size(1), count = input.numel() / channels;
+  const PerChannel gamma(weight, "weight", channels, 1), beta(bias, "bias", channels, 0);
+  const PerChannel running_means(running_mean, "running_mean", channels, 0);
+  const PerChannel running_vars(running_var, "running_var", channels, 1);
+  const PerChannel dropped_bias(input_bias, "input_bias", channels, 0);
+  STD_TORCH_CHECK(training ? count != 1 : running_means && running_vars,
+                  "expected more than one value per channel in training, and running statistics otherwise");
+  STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum: None needs num_batches_tracked");
+  int64_t* counter = nullptr;
+  if (num_batches_tracked) {
+    STD_TORCH_CHECK(num_batches_tracked->is_cpu() && num_batches_tracked->numel() == 1 &&
+                        num_batches_tracked->scalar_type() == ScalarType::Long,
+                    "num_batches_tracked: expected one int64 on the CPU");
+    counter = static_cast<int64_t*>(num_batches_tracked->data_ptr());
+  }
+  if (residual) check_like_input(*residual, "residual", input);
+
+  const MemoryFormat format = memory_format(input);
+  const Tensor x = as_format(input, format), output = empty_like(input, format);
+  const OptionalTensor r = residual ? OptionalTensor(as_format(*residual, format)) : std::nullopt;
+  const Tensor mean = empty_vector(input, channels, ScalarType::Double);
+  const Tensor invstd = empty_vector(input, channels, ScalarType::Double);
+  double* means = static_cast<double*>(mean.data_ptr());
+  double* invstds = static_cast<double*>(invstd.data_ptr());
+
+  if (training && counter != nullptr) ++*counter;
+  AffineBuffer affine(channels);
+  const auto set_channel = [&](int64_t c, double mean_value, double variance) {
+    means[c] = mean_value;
+    invstds[c] = 1 / std::sqrt(variance + eps);
+    affine.set(c, means[c], invstds[c], gamma[c], beta[c], type);
+  };
+  if (count == 0) {  // nothing to normalise: the statistics that come back are never used
+    for (int64_t c = 0; c < channels; ++c) set_channel(c, 0, 1);
+    return {output, mean, invstd};
+  }
+
+  const Plan plan = plan_of(input, format);
+  const Kernels& kernel = kernels(type);
+  const auto normalize = [&](Work work) {
+    kernel.normalize(plan, work, x.data_ptr(), r ? r->data_ptr() : nullptr, affine.view(), output.data_ptr());
+  };
+  if (!training) {
+    const auto finish = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) set_channel(c, running_means[c] - dropped_bias[c], running_vars[c]);
+    };
+    run(plan, nothing, finish, normalize);
+    return {output, mean, invstd};
+  }
+
+  const double n = static_cast<double>(count);
+  const double factor = momentum ? *momentum : 1 / static_cast<double>(*counter);
+  std::vector<Moments> partial(plan.chunks * channels);
+  const auto moments = [&](Work work) { kernel.moments(plan, work, x.data_ptr(), partial.data()); };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const Moments total = channel_moments(plan, partial.data(), c);
+      set_channel(c, total.mean, total.m2 / n);
+      if (running_means) {
+        running_means.set(c, factor * (total.mean + dropped_bias[c]) + (1 - factor) * running_means[c]);
+        running_vars.set(c, factor * (total.m2 / (n - 1)) + (1 - factor) * running_vars[c]);
+      }
+    }
+  };
+  run(plan, moments, finish, normalize);
+  return {output, mean, invstd};
+}
+
+// Backward -------------------------------------------------------------------------------------------------------------
+
+struct Needed {
+  bool input, residual, weight, bias;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                    const OptionalTensor& output, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, const Tensor& mean,
+                                                    const Tensor& invstd, bool training, Needed needed) {
+  check_input(input);
+  check_like_input(grad_output, "grad_output", input);
+  if (output) check_like_input(*output, "output", input);
+  const ElementType type = element_type(input);
+  const int64_t channels = input.size(1), count = input.numel() / channels;
+  const PerChannel gamma(weight, "weight", channels, 1), beta(bias, "bias", channels, 0);
+  const PerChannel means(mean, "mean", channels, 0), invstds(invstd, "invstd", channels, 1);
+
+  const MemoryFormat format = memory_format(input);
+  const auto empty_if = [&](bool need) {
+    return need ? empty_like(input, format) : empty_vector(input, 0, input.scalar_type());
+  };
+  const auto vector_if = [&](bool need, const OptionalTensor& parameter) {
+    return empty_vector(input, need ? channels : 0, parameter ? parameter->scalar_type() : ScalarType::Double);
+  };
+  const Tensor grad_input = empty_if(needed.input), grad_residual = empty_if(needed.residual);
+  const Tensor grad_weight = vector_if(needed.weight, weight), grad_bias = vector_if(needed.bias, bias);
+  const auto vector_or_nothing = [&](bool need, const Tensor& tensor, const char* name) {
+    return PerChannel(need ? OptionalTensor(tensor) : std::nullopt, name, channels, 0);
+  };
+  const PerChannel grad_gamma = vector_or_nothing(needed.weight, grad_weight, "grad_weight");
+  const PerChannel grad_beta = vector_or_nothing(needed.bias, grad_bias, "grad_bias");
+  if (count == 0) {
+    for (int64_t c = 0; c < channels; ++c) {
+      if (grad_gamma) grad_gamma.set(c, 0);
+      if (grad_beta) grad_beta.set(c, 0);
+    }
+    return {grad_input, grad_residual, grad_weight, grad_bias};
+  }
+
+  const Tensor dy = as_format(grad_output, format), x = as_format(input, format);
+  const OptionalTensor y = output ? OptionalTensor(as_format(*output, format)) : std::nullopt;
+  const Plan plan = plan_of(input, format);
+  const Kernels& kernel = kernels(type);
+
+  AffineBuffer affine(channels);
+  for (int64_t c = 0; c < channels; ++c) affine.set(c, means[c], invstds[c], gamma[c], beta[c], type);
+  const GradientSource source{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr, nullptr, affine.view()};
+  GradientSource second_pass = source;  // finds the gradient masked, where the first pass had to write it anyway
+  if (needed.residual) second_pass.masked = grad_residual.data_ptr();
+
+  const double n = static_cast<double>(count);
+  std::vector<GradientSums> partial(plan.chunks * channels);
+  std::vector<double> offsets(channels), slopes(channels);
+  const auto sums = [&](Work work) {
+    kernel.gradient_sums(plan, work, source, needed.residual ? grad_residual.data_ptr() : nullptr, partial.data());
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      double sum = 0, dot = 0;
+      for (int64_t index = 0; index < plan.chunks; ++index) {
+        sum += partial[index * channels + c].sum;
+        dot += partial[index * channels + c].dot;
+      }
+      const double dropped = means[c] - affine.mean()[c];  // by the rounding of the mean, see AffineBuffer
+      dot -= dropped * sum;
+      slopes[c] = dot * invstds[c] * invstds[c] / n;
+      offsets[c] = sum / n - dropped * slopes[c];
+      if (grad_gamma) grad_gamma.set(c, dot * invstds[c]);
+      if (grad_beta) grad_beta.set(c, sum);
+    }
+  };
+  const BatchTerms terms{offsets.data(), training ? slopes.data() : nullptr};
+  const auto apply = [&](Work work) {
+    if (needed.input) kernel.grad_input(plan, work, second_pass, terms, grad_input.data_ptr());
+  };
+  if (needed.residual || needed.weight || needed.bias || training) {
+    run(plan, sums, finish, apply);
+  } else {
+    run(plan, nothing, [](int64_t, int64_t) {}, apply);
+  }
+  return {grad_input, grad_residual, grad_weight, grad_bias};
+}
+
+// The ops --------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
+                                                       OptionalTensor bias, OptionalTensor running_mean,
+                                                       OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                                       OptionalTensor input_bias, bool training,
+                                                       std::optional<double> momentum, double eps) {
+  return forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training,
+                 momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
+    Tensor grad_output, Tensor input, Tensor output, OptionalTensor weight, OptionalTensor bias, Tensor mean,
+    Tensor invstd, bool training, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
+  return backward(grad_output, input, output, weight, bias, mean, invstd, training,
+                  {need_input, need_residual, need_weight, need_bias});
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                                   OptionalTensor running_mean, OptionalTensor running_var,
+                                                   OptionalTensor num_batches_tracked, OptionalTensor input_bias,
+                                                   bool training, std::optional<double> momentum, double eps) {
+  return forward(input, std::nullopt, weight, bias, running_mean, running_var, num_batches_tracked, input_bias,
+                 training, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input, OptionalTensor weight,
+                                                            OptionalTensor bias, Tensor mean, Tensor invstd,
+                                                            bool training, bool need_input, bool need_weight,
+                                                            bool need_bias) {
+  const auto [grad_input, grad_residual, grad_weight, grad_bias] =
+      backward(grad_output, input, std::nullopt, weight, bias, mean, invstd, training,
+               {need_input, false, need_weight, need_bias});
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace resnet_fused
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
+  m.impl("batch_norm_add_relu", TORCH_BOX(&resnet_fused::batch_norm_add_relu));
+  m.impl("batch_norm_add_relu_backward", TORCH_BOX(&resnet_fused::batch_norm_add_relu_backward));
+  m.impl("batch_norm_relu", TORCH_BOX(&resnet_fused::batch_norm_relu));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&resnet_fused::batch_norm_relu_backward));
+}

@@ -1,0 +1,5 @@
+// The kernels for any CPU.
+#include "kernels.h"
+
+#define CPU_CAPABILITY baseline
+#include "kernels_impl.h"

@@ -1,0 +1,11 @@
+// The Python module resnet_fused._C: what was built. Loading it registers the ops.
+#include <pybind11/pybind11.h>
+
+#include "cpu/capability.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The C++ part of resnet_fused; its ops are in torch.ops.resnet_fused.";
+  m.def("cpu_capability", &resnet_fused::cpu_capability,
+        "The instruction set the CPU kernels run with: 'baseline', 'avx2' or 'avx512'. ValueError where "
+        "RESNET_FUSED_CPU_CAPABILITY asks for one that there isn't.");
+}

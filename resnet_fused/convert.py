@@ -1,0 +1,2 @@
+def fuse(model, filter_fn=None): raise NotImplementedError
+def unfuse(model): raise NotImplementedError

@@ -1,0 +1,231 @@
+"""The public functions: formula, argument checks, and the hand-over to the backend."""
+
+import torch
+
+from . import reference
+from .autograd import BatchNormAddReLU, BatchNormReLU
+from .backend import select
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
+_INPUT_TYPES = (*_HALF_TYPES, torch.float32, torch.float64)
+
+
+def _check_device(name, tensor, input):
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
+
+
+def _check_per_channel(name, tensor, input):
+    if tensor is None:
+        return
+    channels = input.shape[1]
+    if tensor.dim() != 1 or tensor.shape[0] != channels:
+        raise ValueError(
+            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype != input.dtype and not (tensor.dtype == torch.float32 and input.dtype in _HALF_TYPES):
+        expected = f"{input.dtype} or torch.float32" if input.dtype in _HALF_TYPES else f"{input.dtype}"
+        raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {tensor.dtype}")
+    _check_device(name, tensor, input)
+
+
+def _check(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias
+) -> None:
+    if input.dtype not in _INPUT_TYPES:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    if channels == 0:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    _check_per_channel("weight", weight, input)
+    _check_per_channel("bias", bias, input)
+    _check_per_channel("running_mean", running_mean, input)
+    _check_per_channel("running_var", running_var, input)
+    _check_per_channel("input_bias", input_bias, input)
+    if (running_mean is None) != (running_var is None):
+        given = "running_mean" if running_var is None else "running_var"
+        raise ValueError(f"running_mean, running_var: expected both or neither, got only {given}")
+    if num_batches_tracked is not None:
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
+            raise ValueError(
+                "num_batches_tracked: expected one int64, got shape "
+                f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}"
+            )
+        _check_device("num_batches_tracked", num_batches_tracked, input)
+    elif momentum is None:
+        raise ValueError("momentum: None, the cumulative average, needs num_batches_tracked, got None for it")
+    if training:
+        if not eps > 0:
+            raise ValueError(f"eps: expected a number > 0 where batch statistics are used, got {eps}")
+        if input.numel() == channels:
+            raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
+    else:
+        if not eps >= 0:
+            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+        if running_mean is None:
+            raise ValueError("running_mean, running_var: expected both where training=False, got None")
+
+
+def _like_input(residual, input):
+    """residual in the input's dtype and shape, as an in-place ``+=`` onto the normalised input would take it."""
+    _check_device("residual", residual, input)
+    if residual.dtype != input.dtype:
+        if residual.is_complex():
+            raise TypeError(f"residual: expected a real tensor, to add to {input.dtype}, got {residual.dtype}")
+        residual = residual.to(input.dtype)
+    if residual.shape != input.shape:
+        try:
+            residual = residual.expand(input.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"residual: expected a shape that broadcasts to the input's, {tuple(input.shape)}, "
+                f"got {tuple(residual.shape)}"
+            ) from None
+    return residual
+
+
+def batch_norm_relu(
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    num_batches_tracked=None,
+    input_bias=None,
+):
+    r"""``relu(batch_norm(input))`` in one pass over memory less per operator it replaces.
+
+    .. math:: y = \max\Big(0, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta\Big)
+
+    with the mean :math:`\mu` and the biased variance :math:`\sigma^2` of each channel of the batch
+    (``training=True``), or ``running_mean`` and ``running_var``. Exactly ``F.relu(F.batch_norm(...))``: ties, NaNs,
+    running statistics and gradients of any order included.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64; any strides.
+        running_mean, running_var: (C,), or both None (then ``training`` must be True). In training updated in place:
+            ``running = (1 - momentum) * running + momentum * batch``, the variance by its unbiased estimate.
+        weight, bias: gamma and beta, (C,), or None for 1 and 0.
+        training: normalise by the batch's statistics, and update the running ones where given.
+        momentum: any float, or None for the cumulative average ``1 / num_batches_tracked``, computed on the device.
+        eps: added to the variance; > 0 in training, >= 0 otherwise.
+        num_batches_tracked: one int64, incremented in training; needed where ``momentum=None``.
+        input_bias: (C,), a bias that the convolution before left out: the result is that of ``input + input_bias``,
+            without a pass over memory for it. Batch statistics cancel it; its gradient is then zero.
+
+    The per-channel vectors have the input's dtype, or float32 where the input is float16 or bfloat16. Arithmetic is in
+    float32, for float64 inputs in float64.
+
+    Returns:
+        (N, C, *), of the input's dtype and memory format (contiguous, channels_last or channels_last_3d).
+
+    Raises:
+        TypeError: input not one of the four types; a per-channel vector of another type than said above.
+        ValueError: fewer than 2 dimensions; no channels; a vector that has not C values; tensors on several devices;
+            only one of running_mean and running_var, or neither where training=False; one value per channel in
+            training; eps out of range; momentum=None without num_batches_tracked; a backend chosen by name that does
+            not serve the input's device.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
+    """
+    _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias)
+    ops = select(input.device.type).ops
+    if ops is None:
+        return reference.batch_norm_relu(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+            input_bias=input_bias,
+        )
+    return BatchNormReLU.apply(
+        input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps, ops
+    )[0]
+
+
+def batch_norm_add_relu(
+    input,
+    residual,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    *,
+    num_batches_tracked=None,
+    input_bias=None,
+):
+    r"""``relu(batch_norm(input) + residual)``, the tail of a residual block, as one operator.
+
+    .. math:: y = \max\Big(0, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta + r\Big)
+
+    Exactly ``F.relu(F.batch_norm(...).add_(residual))``; see :func:`batch_norm_relu` for the other arguments, what is
+    returned and what is raised.
+
+    Args:
+        residual: of the input's shape, or one that broadcasts to it; any strides. Another real dtype is converted to
+            the input's before it is added. None: the same as :func:`batch_norm_relu`.
+
+    Raises:
+        TypeError: a complex residual.
+        ValueError: a residual whose shape does not broadcast to the input's, or on another device.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
+    """
+    if residual is None:
+        return batch_norm_relu(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+            input_bias=input_bias,
+        )
+    _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias)
+    residual = _like_input(residual, input)
+    ops = select(input.device.type).ops
+    if ops is None:
+        return reference.batch_norm_add_relu(
+            input,
+            residual,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+            input_bias=input_bias,
+        )
+    return BatchNormAddReLU.apply(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        input_bias,
+        training,
+        momentum,
+        eps,
+        ops,
+    )[0]

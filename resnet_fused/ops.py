@@ -1,0 +1,79 @@
+"""The raw ops' shapes: fake (meta) implementations, by which torch.compile and torch.export see them.
+
+The schemas are in csrc/ops.cpp. Every backend's namespace has the same four ops, so it registers the same fakes.
+"""
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+
+def _statistics(input):
+    # float64, whatever the input: rounded to float32, a mean of 1e4 is off by 5 % of a standard deviation of 1e-2.
+    return input.new_empty(input.shape[1], dtype=torch.float64)
+
+
+def _like_input(input, needed=True):
+    if not needed:
+        return input.new_empty(0)
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+
+
+def _per_channel(input, parameter, needed):
+    dtype = torch.float64 if parameter is None else parameter.dtype
+    return input.new_empty(input.shape[1] if needed else 0, dtype=dtype)
+
+
+def _batch_norm_relu(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps
+):
+    return _like_input(input), _statistics(input), _statistics(input)
+
+
+def _batch_norm_add_relu(input, residual, *args):
+    return _batch_norm_relu(input, *args)
+
+
+def _batch_norm_relu_backward(
+    grad_output, input, weight, bias, mean, invstd, training, need_input, need_weight, need_bias
+):
+    return (
+        _like_input(input, need_input),
+        _per_channel(input, weight, need_weight),
+        _per_channel(input, bias, need_bias),
+    )
+
+
+def _batch_norm_add_relu_backward(
+    grad_output,
+    input,
+    output,
+    weight,
+    bias,
+    mean,
+    invstd,
+    training,
+    need_input,
+    need_residual,
+    need_weight,
+    need_bias,
+):
+    return (
+        _like_input(input, need_input),
+        _like_input(input, need_residual),
+        _per_channel(input, weight, need_weight),
+        _per_channel(input, bias, need_bias),
+    )
+
+
+_FAKES = {
+    "batch_norm_relu": _batch_norm_relu,
+    "batch_norm_relu_backward": _batch_norm_relu_backward,
+    "batch_norm_add_relu": _batch_norm_add_relu,
+    "batch_norm_add_relu_backward": _batch_norm_add_relu_backward,
+}
+
+
+def register_fakes(namespace: str) -> None:
+    """Register the fake implementation of each op of ``torch.ops.<namespace>``."""
+    for name, fake in _FAKES.items():
+        torch.library.register_fake(f"{namespace}::{name}", fake)
