@@ -9,15 +9,15 @@ from resnet_fused import FusedResidual, Residual
 
 from . import harness
 
-# Input channels, output channels, stride and side of the input, at 96x96 images.
+# Input channels, output channels, stride, and how many times smaller the block's input is than the image.
 BLOCKS = {
-    "stage 1": (64, 64, 1, 24),
-    "stage 2, first": (64, 128, 2, 24),
-    "stage 2": (128, 128, 1, 12),
-    "stage 3, first": (128, 256, 2, 12),
-    "stage 3": (256, 256, 1, 6),
-    "stage 4, first": (256, 512, 2, 6),
-    "stage 4": (512, 512, 1, 3),
+    "stage 1": (64, 64, 1, 4),
+    "stage 2, first": (64, 128, 2, 4),
+    "stage 2": (128, 128, 1, 8),
+    "stage 3, first": (128, 256, 2, 8),
+    "stage 3": (256, 256, 1, 16),
+    "stage 4, first": (256, 512, 2, 16),
+    "stage 4": (512, 512, 1, 32),
 }
 
 
@@ -47,7 +47,8 @@ def setup(device, shape, num_channels, strides, dtype, memory_format, phase):
 def cases(args):
     result = []
     for dtype, memory_format, name in itertools.product(args.dtype, args.memory_format, BLOCKS):
-        channels, num_channels, strides, side = BLOCKS[name]
+        channels, num_channels, strides, reduction = BLOCKS[name]
+        side = args.image_size // reduction
         shape = (args.batch_size, channels, side, side)
         for phase in ("train_step", "inference"):
             make = functools.partial(setup, args.device, shape, num_channels, strides, dtype, memory_format, phase)
@@ -56,7 +57,9 @@ def cases(args):
 
 
 def main(argv=None):
-    args = harness.make_parser("block", __doc__, 32, ("fused",)).parse_args(argv)
+    parser = harness.make_parser("block", __doc__, 32, ("fused",))
+    harness.add_image_size(parser)
+    args = parser.parse_args(argv)
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))
     harness.report(args, machine, rows)

@@ -44,7 +44,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: str
     phase: str  # forward, backward, forward+backward, train_step, inference or host_overhead
-    setup: Callable[[], list[Provider]]
+    setup: Callable[[], list[Provider]] | None = None  # None where the benchmark takes the times itself
 
 
 # Arguments and environment
@@ -78,6 +78,10 @@ def make_parser(bench, description, batch_size, providers=(), default_providers=
     return parser
 
 
+def add_image_size(parser):
+    parser.add_argument("--image-size", type=int, default=96, help="of the network; default: %(default)s")
+
+
 def _keep_freed_memory():
     """Have glibc's malloc keep freed memory, as GPU allocators do; says what was done.
 
@@ -87,11 +91,12 @@ def _keep_freed_memory():
     trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    except (AttributeError, TypeError):
         return "not there (no glibc)"
     # Older versions of glibc refuse to serve more than 32 MiB from the heap.
-    threshold = next((size for size in (2**31 - 1, 2**25) if mallopt(mmap_threshold, size)), None)
-    return f"M_MMAP_THRESHOLD={threshold}, M_TRIM_THRESHOLD={-1 if mallopt(trim_threshold, -1) else None}"
+    threshold = next((size for size in (2**31 - 1, 2**25) if mallopt(mmap_threshold, size)), "default")
+    mallopt(trim_threshold, -1)
+    return f"M_MMAP_THRESHOLD={threshold}, M_TRIM_THRESHOLD=-1"
 
 
 def _machine(args, malloc):
@@ -221,8 +226,8 @@ def size_of(row):
     return "x".join(map(str, row["shape"]))
 
 
-def print_table(rows, **columns):
-    """Print the rows; ``columns`` are further ones, each a function of the row that returns a text."""
+def print_table(rows, further_columns=None):
+    """Print the rows. ``further_columns``: title -> function of a row that returns the text."""
     columns = {
         "case": itemgetter("case"),
         "shape": size_of,
@@ -230,7 +235,7 @@ def print_table(rows, **columns):
         "median ms": lambda row: f"{row['median_ms']:.4f}",
         "20 to 80 %": lambda row: f"{row['p20_ms']:.4f} to {row['p80_ms']:.4f}",
         "ratio to eager": lambda row: f"{row['ratio_to_eager']:.2f}",
-        **columns,
+        **(further_columns or {}),
     }
     lines = [list(columns), *([text(row) for text in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -238,11 +243,11 @@ def print_table(rows, **columns):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def write_json(args, machine, rows, **more):
+def write_json(args, machine, rows, **further_results):
     """Write what was measured, where ``--json`` asks for it."""
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows, **more}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": machine, "rows": rows, **further_results}, indent=1) + "\n")
 
 
 @contextlib.contextmanager
@@ -269,18 +274,19 @@ def plot_ratios(args, machine, rows):
                 bars = [r for r in rows if r["phase"] == phase and (r["provider"], r["memory_format"]) == key]
                 places = [groups.index((r["case"], size_of(r), r["dtype"])) + i * height for r in bars]
                 drawn = axes.barh(places, [r["ratio_to_eager"] for r in bars], height, label=", ".join(key))
-                axes.bar_label(drawn, [f"{r['median_ms']:.3g} ms" for r in bars], padding=2, fontsize=7)
+                axes.bar_label(drawn, [f"{r['median_ms']:.4g} ms" for r in bars], padding=2, fontsize=7)
             axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], ["\n".join(g) for g in groups])
+            axes.tick_params(labelleft=axes is panels[0])
             axes.invert_yaxis()
             axes.axvline(1, color="grey", linewidth=0.8)
             axes.set(title=phase, xlabel="eager's time / this one's")
             axes.margins(x=0.15)
-        panels[0].legend(fontsize=8)
+        panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 
 
-def report(args, machine, rows, plot=plot_ratios, **columns):
-    """Print the table, and write JSON and plot where asked to."""
-    print_table(rows, **columns)
-    write_json(args, machine, rows)
+def report(args, machine, rows, plot=plot_ratios, further_columns=None, **further_results):
+    """Print the table; write the JSON, ``further_results`` as keys of their own in it, and the plot where asked to."""
+    print_table(rows, further_columns)
+    write_json(args, machine, rows, **further_results)
     if args.plot:
         plot(args, machine, rows)

@@ -1,4 +1,4 @@
-"""ResNet-18 at 96x96: a training step and inference, plain and fused, in both layouts, and plain under torch.compile.
+"""ResNet-18: a training step and inference, plain and fused, in both layouts, and plain under torch.compile.
 
 The ratios of all rows are to plain PyTorch in the first layout.
 """
@@ -13,7 +13,7 @@ from resnet_fused import FusedResidual, Residual
 
 from . import harness
 
-SIDE = 96
+IMAGES_PER_SECOND = {"images/s": lambda row: f"{row['shape'][0] / row['median_ms'] * 1e3:.1f}"}  # a table's column
 
 
 class Network:
@@ -47,12 +47,11 @@ def setup(device, memory_formats, shape, dtype, phase):
     def provider(name, block, memory_format, backend):
         network = Network(block, device, dtype, memory_format, compile=name == "torch.compile")
         network.model.train(phase == "train_step")
-        call = (
-            functools.partial(network.train_step, images, labels)
-            if phase == "train_step"
-            else functools.partial(network.infer, images)
-        )
-        return harness.Provider(name, call, memory_format, backend)
+        calls = {
+            "train_step": functools.partial(network.train_step, images, labels),
+            "inference": functools.partial(network.infer, images),
+        }
+        return harness.Provider(name, calls[phase], memory_format, backend)
 
     backend = harness.fused_backend(device)
     return [
@@ -63,7 +62,7 @@ def setup(device, memory_formats, shape, dtype, phase):
 
 
 def cases(args):
-    shape = (args.batch_size, 1, SIDE, SIDE)
+    shape = (args.batch_size, 1, args.image_size, args.image_size)
     return [
         harness.Case(
             "resnet18",
@@ -78,10 +77,12 @@ def cases(args):
 
 
 def main(argv=None):
-    args = harness.make_parser("resnet18", __doc__, 32, ("fused", "torch.compile")).parse_args(argv)
+    parser = harness.make_parser("resnet18", __doc__, 32, ("fused", "torch.compile"))
+    harness.add_image_size(parser)
+    args = parser.parse_args(argv)
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))
-    harness.report(args, machine, rows, **{"images/s": lambda row: f"{row['shape'][0] / row['median_ms'] * 1e3:.1f}"})
+    harness.report(args, machine, rows, further_columns=IMAGES_PER_SECOND)
 
 
 if __name__ == "__main__":

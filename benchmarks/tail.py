@@ -94,7 +94,7 @@ def cases(args):
     return result
 
 
-def add_share_of_limit(rows):
+def share_of_limit(rows):
     """The table's further column: least time, by what a copy took in the same case, over the time taken."""
 
     def key(row):
@@ -152,7 +152,7 @@ def main(argv=None):
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))
     plot = plot_ratios if args.sizes is None else plot_sizes
-    harness.report(args, machine, rows, plot, **add_share_of_limit(rows))
+    harness.report(args, machine, rows, plot, share_of_limit(rows))
     print_means(rows)
 
 

@@ -22,34 +22,44 @@ class Backend:
     device_types: tuple[str, ...]
     ops: object | None = None
     unavailable: str | None = None  # cause and fix, where it cannot be used
+    detail: str = ""  # for `python -m resnet_fused`
 
 
 _backends: dict[str, Backend] = {}
 
 
-def register(name: str, namespace: str, device_types: tuple[str, ...], unavailable: str | None = None) -> None:
+def register(
+    name: str, namespace: str, device_types: tuple[str, ...], unavailable: str | None = None, detail: str = ""
+) -> None:
     """Add the backend whose ops are ``torch.ops.<namespace>``; ``unavailable`` says why, and the fix, where they aren't."""
     ops = None
     if unavailable is None:
         register_fakes(namespace)
         ops = getattr(torch.ops, namespace)
-    _backends[name] = Backend(name, device_types, ops, unavailable)
+    _backends[name] = Backend(name, device_types, ops, unavailable, detail)
 
 
 def _register_cpu() -> None:
-    unavailable = None
+    unavailable, detail = None, ""
     try:
-        from . import _C  # noqa: F401  loading it registers torch.ops.resnet_fused
+        from . import _C  # loading it registers torch.ops.resnet_fused
+
+        detail = f"C++, instruction set {_C.cpu_capability()} (RESNET_FUSED_CPU_CAPABILITY forces another)"
     except ImportError as error:
         unavailable = (
             f"the C++ extension resnet_fused._C does not load ({error}); build it with `pip install .`, or, in a "
             "checkout, `pip install -e . --no-build-isolation`"
         )
-    register("cpu", "resnet_fused", ("cpu",), unavailable)
+    register("cpu", "resnet_fused", ("cpu",), unavailable, detail)
 
 
 _register_cpu()
-_backends["eager"] = Backend("eager", ())
+_backends["eager"] = Backend("eager", (), detail="PyTorch's own operators, unfused, on any device")
+
+
+def all_backends() -> list[Backend]:
+    """Every backend this version knows, available or not, in the order in which ``auto`` prefers them."""
+    return list(_backends.values())
 
 
 def available_backends() -> list[str]:

@@ -102,7 +102,7 @@ class FusedResidual(Residual):
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
         for name in ("conv1", "conv2", "conv3", "bn1", "bn2"):
-            setattr(fused, name, getattr(block, name))
+            setattr(fused, name, getattr(block, name, None))
         fused.training = block.training  # not .train(): each batch norm keeps a mode of its own
         return fused
 
@@ -121,8 +121,8 @@ class FusedResidual(Residual):
     def _conv_bn_add_relu(self, Y, X):
         if not _is_plain(self.bn2, nn.BatchNorm2d):
             Y = self.bn2(self.conv2(Y))
-            Y += X if self.conv3 is None else self.conv3(X)
-            return F.relu(Y)
+            X = X if self.conv3 is None else self.conv3(X)
+            return F.relu((Y + X).to(Y.dtype))  # not in place: a hook may have kept Y
         Y, conv_bias = _convolve_without_bias(self.conv2, Y)
         arguments = _batch_norm_arguments(self.bn2)
         if self.conv3 is not None:

@@ -149,7 +149,7 @@ def batch_norm_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    return BatchNormReLU.apply(
+    return BatchNormReLU.call(
         input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps, ops
     )[0]
 
@@ -215,7 +215,7 @@ def batch_norm_add_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    return BatchNormAddReLU.apply(
+    return BatchNormAddReLU.call(
         input,
         residual,
         weight,

@@ -24,10 +24,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Layout ---------------------------------------------------------------------------------------------------------------
+// Layout
+// ---------------------------------------------------------------------------------------------------------------
 
-// Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what Tensor::suggest_memory_format
-// says, which the stable ABI lacks.
+// Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what
+// Tensor::suggest_memory_format says, which the stable ABI lacks.
 bool has_channels_last_strides(const Tensor& tensor) {
   const int64_t dim = tensor.dim();
   if (dim != 4 && dim != 5) return false;
@@ -68,7 +69,8 @@ Plan plan_of(const Tensor& input, MemoryFormat format) {
   return make_plan(batch * inner, channels, 1, threads);
 }
 
-// Types ----------------------------------------------------------------------------------------------------------------
+// Types
+// ----------------------------------------------------------------------------------------------------------------
 
 ElementType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -114,8 +116,10 @@ class PerChannel {
   }
 
   void set(int64_t channel, double value) const {
-    visit(channel, [&](auto& element) { element = static_cast<std::decay_t<decltype(element)>>(static_cast<float>(value)); },
-          [&](double& element) { element = value; });
+    visit(
+        channel,
+        [&](auto& element) { element = static_cast<std::decay_t<decltype(element)>>(static_cast<float>(value)); },
+        [&](double& element) { element = value; });
   }
 
  private:
@@ -144,7 +148,8 @@ class PerChannel {
   double otherwise_;
 };
 
-// The schedule ---------------------------------------------------------------------------------------------------------
+// The schedule
+// ---------------------------------------------------------------------------------------------------------
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
@@ -212,7 +217,8 @@ struct AffineBuffer {
   }
 };
 
-// Forward --------------------------------------------------------------------------------------------------------------
+// Forward
+// --------------------------------------------------------------------------------------------------------------
 
 void check_input(const Tensor& input) {
   STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.size(1) >= 1,
@@ -317,7 +323,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   return {output, mean, invstd};
 }
 
-// Backward -------------------------------------------------------------------------------------------------------------
+// Backward
+// -------------------------------------------------------------------------------------------------------------
 
 struct Needed {
   bool input, residual, weight, bias;
@@ -401,7 +408,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
-// The ops --------------------------------------------------------------------------------------------------------------
+// The ops
+// --------------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
                                                        OptionalTensor bias, OptionalTensor running_mean,
@@ -412,9 +420,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor resi
                  momentum, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
-    Tensor grad_output, Tensor input, Tensor output, OptionalTensor weight, OptionalTensor bias, Tensor mean,
-    Tensor invstd, bool training, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(Tensor grad_output, Tensor input, Tensor output,
+                                                                        OptionalTensor weight, OptionalTensor bias,
+                                                                        Tensor mean, Tensor invstd, bool training,
+                                                                        bool need_input, bool need_residual,
+                                                                        bool need_weight, bool need_bias) {
   return backward(grad_output, input, output, weight, bias, mean, invstd, training,
                   {need_input, need_residual, need_weight, need_bias});
 }

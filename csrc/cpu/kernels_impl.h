@@ -2,13 +2,16 @@
 // namespace. Everything compiled wide is in this file and includes nothing: a header's inline function compiled with
 // AVX-512 may be the copy that the linker keeps for the whole process, and then crashes CPUs without it.
 //
-// No loop carries a float sum, so the same operations run in the same order at every width, and nothing is contracted to
-// fused multiply-adds (-ffp-contract=off): all instruction sets give the same bits.
+// No loop carries a float sum, so the same operations run in the same order at every width, and nothing is contracted
+// to fused multiply-adds (-ffp-contract=off): all instruction sets give the same bits.
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))  // GCC vectorises no loop with a call left in it
 
 namespace resnet_fused::CPU_CAPABILITY {
 namespace {
 
-// Element types --------------------------------------------------------------------------------------------------------
+// Element types
+// --------------------------------------------------------------------------------------------------------
 
 struct BFloat16 {
   uint16_t bits;
@@ -28,52 +31,53 @@ struct Accumulate<double> {
 template <typename T>
 using acc_t = typename Accumulate<T>::type;
 
-inline float as_float(uint32_t bits) {
+ALWAYS_INLINE float as_float(uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
 }
-inline uint32_t as_bits(float value) {
+ALWAYS_INLINE uint32_t as_bits(float value) {
   uint32_t bits;
   __builtin_memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
 
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(BFloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
-inline float load(Float16 value) {
+ALWAYS_INLINE float load(float value) { return value; }
+ALWAYS_INLINE double load(double value) { return value; }
+ALWAYS_INLINE float load(BFloat16 value) { return as_float(static_cast<uint32_t>(value.bits) << 16); }
+ALWAYS_INLINE float load(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
-  const uint32_t scaled = as_bits(as_float(magnitude) * 0x1p112f);  // exact, subnormals included
+  const uint32_t scaled = as_bits(as_float(magnitude) * 0x1p112f);                    // exact, subnormals included
   const uint32_t bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : scaled;  // inf and NaN keep their mantissa
   return as_float(bits | static_cast<uint32_t>(value.bits & 0x8000u) << 16);
 }
 
 // Round to nearest, ties to even, as PyTorch does.
 template <typename T>
-inline T store(acc_t<T> value) {
+ALWAYS_INLINE T store(acc_t<T> value) {
   return value;
 }
 template <>
-inline BFloat16 store<BFloat16>(float value) {
+ALWAYS_INLINE BFloat16 store<BFloat16>(float value) {
   const uint32_t bits = as_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
 }
 template <>
-inline Float16 store<Float16>(float value) {
+ALWAYS_INLINE Float16 store<Float16>(float value) {
   const uint32_t bits = as_bits(value), magnitude = bits & 0x7fffffffu;
   const uint32_t rebiased = magnitude - (112u << 23);
   const uint32_t normal = (rebiased + 0xfffu + (rebiased >> 13 & 1u)) >> 13;
   // 0.5 has the spacing of a float16 subnormal, 2^-24: the addition does the rounding.
   const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
-  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;   // < 2^-14
-  result = magnitude >= 0x477ff000u ? 0x7c00u : result;             // >= 65520: infinity
-  result = magnitude > 0x7f800000u ? 0x7e00u : result;              // NaN
+  uint32_t result = magnitude < 0x38800000u ? subnormal : normal;  // < 2^-14
+  result = magnitude >= 0x477ff000u ? 0x7c00u : result;            // >= 65520: infinity
+  result = magnitude > 0x7f800000u ? 0x7e00u : result;             // NaN
   return {static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
 }
 
-// Rows and columns -----------------------------------------------------------------------------------------------------
+// Rows and columns
+// -----------------------------------------------------------------------------------------------------
 
 // Calls f(offset, rows, stride, width) for the rows of a chunk: those of full width, then, if any, the one that is not.
 template <typename F>
@@ -97,47 +101,57 @@ inline void for_each_slab(const Plan& plan, int64_t block, const Plan::Chunk& ch
   }
 }
 
-// Calls f(channel, column_begin, column_end) for each run of columns of a row that belongs to one channel of the block.
-template <typename F>
-inline void for_each_run(const Plan& plan, int64_t block, F f) {
-  const int64_t group = plan.block_end(block) - plan.block_begin(block);
-  for (int64_t run = 0; run < plan.row_outer * group; ++run) {
-    f(run % group, run * plan.row_inner, (run + 1) * plan.row_inner);
-  }
+inline int64_t width_of(const Plan& plan, int64_t block) {
+  return plan.row_outer * (plan.block_end(block) - plan.block_begin(block)) * plan.row_inner;
+}
+
+template <typename A>
+inline void clear(A* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0;
 }
 
 template <typename A>
 struct Columns {
   alignas(64) A values[kMaxWidth];
 
-  void fill(const Plan& plan, int64_t block, const double* per_channel) {  // per_channel: the block's first channel on
-    for_each_run(plan, block, [&](int64_t channel, int64_t begin, int64_t end) {
-      const A value = static_cast<A>(per_channel[channel]);
-      for (int64_t k = begin; k < end; ++k) values[k] = value;
-    });
+  // Each column gets its channel's value; per_channel starts at the block's first channel.
+  void fill(const Plan& plan, int64_t block, const double* per_channel) {
+    const int64_t group = plan.block_end(block) - plan.block_begin(block);
+    A* column = values;
+    for (int64_t o = 0; o < plan.row_outer; ++o) {
+      if (plan.row_inner == 1) {
+        for (int64_t c = 0; c < group; ++c) column[c] = static_cast<A>(per_channel[c]);
+        column += group;
+      } else {
+        for (int64_t c = 0; c < group; ++c) {
+          const A value = static_cast<A>(per_channel[c]);
+          for (int64_t k = 0; k < plan.row_inner; ++k) column[k] = value;
+          column += plan.row_inner;
+        }
+      }
+    }
   }
-  void clear(int64_t width) {
-    for (int64_t k = 0; k < width; ++k) values[k] = 0;
+
+  // Adds, in double, each channel's columns to sums, which starts at the block's first channel.
+  void add_to(const Plan& plan, int64_t block, double* sums) const {
+    const int64_t group = plan.block_end(block) - plan.block_begin(block);
+    const A* column = values;
+    for (int64_t o = 0; o < plan.row_outer; ++o) {
+      if (plan.row_inner == 1) {
+#pragma omp simd
+        for (int64_t c = 0; c < group; ++c) sums[c] += static_cast<double>(column[c]);
+        column += group;
+      } else {
+        for (int64_t c = 0; c < group; ++c) {
+          double sum = 0;
+          for (int64_t k = 0; k < plan.row_inner; ++k) sum += static_cast<double>(column[k]);
+          sums[c] += sum;
+          column += plan.row_inner;
+        }
+      }
+    }
   }
 };
-
-inline int64_t width_of(const Plan& plan, int64_t block) {
-  return plan.row_outer * (plan.block_end(block) - plan.block_begin(block)) * plan.row_inner;
-}
-
-// Adds each channel's columns of a and b, in double, and hands the two sums to f(channel, a, b).
-template <typename A, typename F>
-inline void reduce_columns(const Plan& plan, int64_t block, const A* a, const A* b, F f) {
-  double sums_a[kMaxWidth], sums_b[kMaxWidth];
-  const int64_t group = plan.block_end(block) - plan.block_begin(block);
-  for (int64_t c = 0; c < group; ++c) sums_a[c] = sums_b[c] = 0;
-  for_each_run(plan, block, [&](int64_t channel, int64_t begin, int64_t end) {
-    double sum_a = 0, sum_b = 0;
-    for (int64_t k = begin; k < end; ++k) sum_a += static_cast<double>(a[k]), sum_b += static_cast<double>(b[k]);
-    sums_a[channel] += sum_a, sums_b[channel] += sum_b;
-  });
-  for (int64_t c = 0; c < group; ++c) f(c, sums_a[c], sums_b[c]);
-}
 
 template <typename T>
 struct AffineColumns {
@@ -158,14 +172,15 @@ template <int n>
 struct Rows {
   static constexpr int value = n;
 };
-template <typename F>
+template <int kAtOnce = kRows, typename F>
 inline void for_each_rows(int64_t rows, F body) {
   int64_t row = 0;
-  for (; row + kRows <= rows; row += kRows) body(row, Rows<kRows>{});
+  for (; row + kAtOnce <= rows; row += kAtOnce) body(row, Rows<kAtOnce>{});
   for (; row < rows; ++row) body(row, Rows<1>{});
 }
 
-// Forward --------------------------------------------------------------------------------------------------------------
+// Forward
+// --------------------------------------------------------------------------------------------------------------
 
 template <typename T>
 void add_moments(const T* input, int64_t rows, int64_t stride, int64_t width, const acc_t<T>* origin, acc_t<T>* sums,
@@ -175,6 +190,7 @@ void add_moments(const T* input, int64_t rows, int64_t stride, int64_t width, co
 #pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       acc_t<T> sum = 0, square = 0;
+#pragma GCC unroll 4
       for (int r = 0; r < n.value; ++r) {
         const acc_t<T> deviation = load(x[r * stride + k]) - origin[k];
         sum += deviation;
@@ -192,34 +208,40 @@ void add_moments(const T* input, int64_t rows, int64_t stride, int64_t width, co
 template <typename T>
 void moments(const Plan& plan, Work work, const void* input, Moments* partial) {
   const T* x = static_cast<const T*>(input);
-  const int64_t first = plan.block_begin(work.block), width = width_of(plan, work.block);
+  const int64_t first = plan.block_begin(work.block), group = plan.block_end(work.block) - first;
+  const int64_t width = width_of(plan, work.block);
   Columns<acc_t<T>> origin, sums, squares;
-  double origins[kMaxWidth];
+  double origins[kMaxWidth], channel_sums[kMaxWidth], channel_squares[kMaxWidth];
   for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
     const Plan::Chunk chunk = plan.chunk(index);
-    Moments* result = partial + index * plan.channels + first;
-
-    origin.clear(width), sums.clear(width), squares.clear(width);
-    int64_t sampled = 0;
-    for_each_slab(plan, work.block, chunk, [&](int64_t offset, int64_t, int64_t stride, int64_t slab_width) {
+    int64_t sampled = 0;  // values per channel in the chunk's first row
+    clear(sums.values, width);
+    for_each_slab(plan, work.block, chunk, [&](int64_t at, int64_t, int64_t, int64_t slab_width) {
       if (sampled > 0) return;
-      add_moments(x + offset, 1, stride, slab_width, origin.values, sums.values, squares.values);
-      sampled = slab_width / (plan.block_end(work.block) - first);
+      sampled = slab_width / group;
+      for (int64_t k = 0; k < slab_width; ++k) sums.values[k] = load(x[at + k]);
     });
-    reduce_columns(plan, work.block, sums.values, squares.values, [&](int64_t c, double sum, double) {
-      const acc_t<T> mean = static_cast<acc_t<T>>(sum / static_cast<double>(sampled));
+    clear(origins, group);
+    sums.add_to(plan, work.block, origins);
+    for (int64_t c = 0; c < group; ++c) {
+      const acc_t<T> mean = static_cast<acc_t<T>>(origins[c] / static_cast<double>(sampled));
       origins[c] = mean - mean == 0 ? mean : 0;  // an infinite origin would turn infinities into NaNs
-    });
+    }
     origin.fill(plan, work.block, origins);
 
-    sums.clear(width), squares.clear(width);
-    for_each_slab(plan, work.block, chunk, [&](int64_t offset, int64_t rows, int64_t stride, int64_t slab_width) {
-      add_moments(x + offset, rows, stride, slab_width, origin.values, sums.values, squares.values);
+    clear(sums.values, width), clear(squares.values, width);
+    for_each_slab(plan, work.block, chunk, [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
+      add_moments(x + at, rows, stride, slab_width, origin.values, sums.values, squares.values);
     });
+    clear(channel_sums, group), clear(channel_squares, group);
+    sums.add_to(plan, work.block, channel_sums);
+    squares.add_to(plan, work.block, channel_squares);
     const double count = static_cast<double>(chunk.count());
-    reduce_columns(plan, work.block, sums.values, squares.values, [&](int64_t c, double sum, double square) {
-      result[c] = {origins[c] + sum / count, square - sum * sum / count};
-    });
+    Moments* result = partial + index * plan.channels + first;
+    for (int64_t c = 0; c < group; ++c) {
+      result[c] = {origins[c] + channel_sums[c] / count,
+                   channel_squares[c] - channel_sums[c] * channel_sums[c] / count};
+    }
   }
 }
 
@@ -245,7 +267,8 @@ void normalize(const Plan& plan, Work work, const void* input, const void* resid
   const AffineColumns<T> columns(plan, work.block, affine);
   const T *x = static_cast<const T*>(input), *r = static_cast<const T*>(residual);
   T* y = static_cast<T*>(output);
-  for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {  // in reverse: the last chunk read is still cached
+  for (int64_t index = work.chunk_end;
+       index-- > work.chunk_begin;) {  // in reverse: the last chunk read is still cached
     for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
       if (r != nullptr) {
         normalize_rows<T, true>(x + at, r + at, rows, stride, width, columns, y + at);
@@ -256,13 +279,14 @@ void normalize(const Plan& plan, Work work, const void* input, const void* resid
   }
 }
 
-// Backward -------------------------------------------------------------------------------------------------------------
+// Backward
+// -------------------------------------------------------------------------------------------------------------
 
 enum class Mask { output, input, none };
 
 // One element's masked gradient: a select, not a product, so that a NaN gradient where the output is <= 0 gives 0.
 template <typename T, Mask kMask>
-inline acc_t<T> masked_gradient(T grad_output, T output, acc_t<T> centered, acc_t<T> scale, acc_t<T> shift) {
+ALWAYS_INLINE acc_t<T> masked_gradient(T grad_output, T output, acc_t<T> centered, acc_t<T> scale, acc_t<T> shift) {
   const acc_t<T> g = load(grad_output);
   if (kMask == Mask::none) return g;
   const acc_t<T> y = kMask == Mask::output ? load(output) : load(store<T>(centered * scale + shift));
@@ -284,13 +308,14 @@ template <typename T, Mask kMask, bool kStore>
 void add_gradients(const Slab<T>& slab, int64_t rows, int64_t stride, int64_t width, const AffineColumns<T>& columns,
                    T* grad_residual, acc_t<T>* sums, acc_t<T>* dots) {
   const acc_t<T>*mean = columns.mean.values, *scale = columns.scale.values, *shift = columns.shift.values;
-  for_each_rows(rows, [&](int64_t row, auto n) {
+  for_each_rows<kStore ? 1 : kRows>(rows, [&](int64_t row, auto n) {
     const T *dy = slab.grad_output + row * stride, *x = slab.input + row * stride;
     const T* y = kMask == Mask::output ? slab.output + row * stride : dy;
     T* g_out = grad_residual + (kStore ? row * stride : 0);
 #pragma omp simd
     for (int64_t k = 0; k < width; ++k) {
       acc_t<T> sum = 0, dot = 0;
+#pragma GCC unroll 4
       for (int r = 0; r < n.value; ++r) {
         const int64_t i = r * stride + k;
         const acc_t<T> centered = load(x[i]) - mean[k];
@@ -343,10 +368,12 @@ template <typename T>
 void gradient_sums(const Plan& plan, Work work, const GradientSource& source, void* grad_residual,
                    GradientSums* partial) {
   const AffineColumns<T> columns(plan, work.block, source.affine);
+  const int64_t first = plan.block_begin(work.block), group = plan.block_end(work.block) - first;
   const int64_t width = width_of(plan, work.block);
   Columns<acc_t<T>> sums, dots;
+  double channel_sums[kMaxWidth], channel_dots[kMaxWidth];
   for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
-    sums.clear(width), dots.clear(width);
+    clear(sums.values, width), clear(dots.values, width);
     for_each_slab(
         plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
           const Slab<T> slab(source, at);
@@ -360,9 +387,11 @@ void gradient_sums(const Plan& plan, Work work, const GradientSource& source, vo
             });
           }
         });
-    GradientSums* result = partial + index * plan.channels + plan.block_begin(work.block);
-    reduce_columns(plan, work.block, sums.values, dots.values,
-                   [&](int64_t c, double sum, double dot) { result[c] = {sum, dot}; });
+    clear(channel_sums, group), clear(channel_dots, group);
+    sums.add_to(plan, work.block, channel_sums);
+    dots.add_to(plan, work.block, channel_dots);
+    GradientSums* result = partial + index * plan.channels + first;
+    for (int64_t c = 0; c < group; ++c) result[c] = {channel_sums[c], channel_dots[c]};
   }
 }
 

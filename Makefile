@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine: `make test` and `make bench`. Each sets up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RESULTS := benchmarks/results
+BUILT := $(VENV)/built
+
+# pip's isolation would build against another copy of torch, downloaded for the build alone.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: setup test test-slow mutate bench lint format clean
+.DELETE_ON_ERROR:
+
+setup: $(BUILT)
+
+$(BUILT): $(SOURCES)
+	@test -e $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "make: needs python3-venv"; exit 1; }
+	$(INSTALL) "setuptools>=77" wheel "torch>=2.10" ninja pybind11 packaging
+	$(INSTALL) --no-build-isolation --editable ".[test,bench,lint]"
+	@touch $@
+
+test: setup
+	$(BIN)/python -m resnet_fused
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+mutate: setup
+	$(BIN)/python -m tests.mutate
+
+bench: setup
+	@mkdir -p $(RESULTS)
+	$(BIN)/python -m benchmarks.tail --json $(RESULTS)/tail.json --plot $(RESULTS)/tail.png
+	$(BIN)/python -m benchmarks.resnet18 --json $(RESULTS)/resnet18.json --plot $(RESULTS)/resnet18.png
+	$(BIN)/python -m benchmarks.train --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+
+clean:
+	rm -rf $(VENV) build *.egg-info resnet_fused/*.so $(RESULTS)

@@ -1,0 +1,136 @@
+"""One call of an op: random tensors of a shape, dtype and layout, run through the package or through the reference."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from resnet_fused import functional, reference
+
+from .tolerances import assert_close
+
+MEMORY_FORMATS = {
+    ("contiguous", 4): torch.contiguous_format,
+    ("channels_last", 4): torch.channels_last,
+    ("channels_last", 5): torch.channels_last_3d,
+}
+
+
+def in_layout(tensor, layout):
+    """tensor, dense in that layout where its number of dimensions has it."""
+    return tensor.contiguous(memory_format=MEMORY_FORMATS.get((layout, tensor.dim()), torch.contiguous_format))
+
+
+def _to(tensor, device, dtype):
+    return None if tensor is None else tensor.detach().to(device, dtype, copy=True)
+
+
+@dataclass
+class Problem:
+    """The arguments of one call, and the gradient that its output gets."""
+
+    input: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    grad_output: torch.Tensor
+    input_bias: torch.Tensor | None = None
+    options: dict = field(default_factory=dict)
+
+    DIFFERENTIABLE = ("input", "residual", "weight", "bias", "input_bias")
+
+    @classmethod
+    def random(
+        cls,
+        shape,
+        dtype=torch.float32,
+        layout="contiguous",
+        device="cpu",
+        residual=True,
+        parameter_dtype=None,
+        **options,
+    ):
+        """Values of both signs in every channel: the ReLU clips 30 to 70 % of the outputs (asserted by the caller)."""
+        channels = shape[1]
+        parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
+        vector = lambda: torch.randn(channels, dtype=torch.float64)  # noqa: E731
+        make = lambda tensor: in_layout(tensor.to(device, dtype), layout)  # noqa: E731
+        tensors = torch.randn(3, *shape, dtype=torch.float64)
+        x = tensors[0] * 2 + vector().view(-1, *[1] * (len(shape) - 2))
+        # Running statistics near the batch's, so that in eval mode, too, the ReLU clips about half of each channel.
+        variance, mean = torch.var_mean(x, [0, *range(2, len(shape))], correction=0)
+        return cls(
+            input=make(x),
+            residual=make(tensors[1]) if residual else None,
+            weight=(vector() + vector().sign()).to(device, parameter_dtype),
+            bias=(vector() * 0.2).to(device, parameter_dtype),
+            running_mean=(mean + 0.1 * vector()).to(device, parameter_dtype),
+            running_var=(variance * (1 + vector().abs())).to(device, parameter_dtype),
+            grad_output=make(tensors[2]),
+            options={"training": True, **options},
+        )
+
+    def with_(self, **changes):
+        return replace(self, **changes)
+
+    def run(self, functions=functional, dtype=None, needs_grad=DIFFERENTIABLE):
+        """Output, gradients and running statistics by name; of the package, or, in float64, of the reference."""
+        tensors = {}
+        for name in (*self.DIFFERENTIABLE, "running_mean", "running_var"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                # detach, not clone: strides, overlaps and offsets are part of the problem
+                tensor = tensor.detach().clone() if dtype is None and tensor.dim() == 1 else tensor.detach()
+                tensor = tensor if dtype is None else tensor.to("cpu", dtype, copy=True)
+            tensors[name] = tensor
+        leaves = {
+            name: tensors[name] for name in self.DIFFERENTIABLE if tensors[name] is not None and name in needs_grad
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        counter = torch.tensor(3, device=tensors["input"].device)
+        options = {"num_batches_tracked": counter, **self.options}
+        residual = tensors.pop("residual")
+        if residual is None:
+            output = functions.batch_norm_relu(**tensors, **options)
+        else:
+            output = functions.batch_norm_add_relu(residual=residual, **tensors, **options)
+        results = {"output": output.detach()}
+        if leaves:
+            grad_output = self.grad_output if dtype is None else self.grad_output.to("cpu", dtype)
+            grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True)
+            results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        for name in ("running_mean", "running_var"):
+            if tensors[name] is not None:
+                results[name] = tensors[name].detach()
+        results["num_batches_tracked"] = counter
+        return results
+
+    def reference(self, **kwargs):
+        return self.run(reference, torch.float64, **kwargs)
+
+    def check(self, scale=1.0, clipped=(0.3, 0.7), **kwargs):
+        """The package's results equal the reference's, whose ReLU clips a share of the outputs in that range."""
+        actual, expected = self.run(**kwargs), self.reference(**kwargs)
+        if clipped is not None:
+            share = (expected["output"] == 0).double().mean().item()
+            assert clipped[0] <= share <= clipped[1], (
+                f"a test that proves little: {share:.0%} of the outputs are clipped"
+            )
+        assert actual["output"].dtype == self.input.dtype
+        assert actual.keys() == expected.keys()
+        for name, value in actual.items():
+            if name == "num_batches_tracked":
+                assert value.item() == expected[name].item()
+                continue
+            if value is None or expected[name] is None:
+                assert value is None and expected[name] is None, name
+                continue
+            if name == "grad_input_bias" and self.options["training"]:
+                assert torch.count_nonzero(value) == 0  # cancelled by batch statistics: rounding noise in the reference
+                continue
+            leaf = getattr(self, name.removeprefix("grad_"), self.input)
+            assert value.dtype == leaf.dtype, name
+            assert_close(value, expected[name], self.input.dtype, scale, name)
+        return actual

@@ -1,0 +1,60 @@
+"""Each benchmark runs at a tiny size and writes what it says it writes. Its times are nobody's business here."""
+
+import importlib
+import json
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("psutil")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+ONE_ROUND = ["--memory-format", "contiguous", "--rounds", "1", "--seconds", "0", "--providers", "fused"]
+ALIKE = ["--device", "cpu", "--threads", "1", "--no-mallopt"]  # malloc would keep its settings for later tests
+RUNS = {
+    "tail": ["--batch-size", "1", *ONE_ROUND, "copy"],
+    "tail-sizes": ["--sizes", "1024", "4096", *ONE_ROUND, "copy"],
+    "overhead": ONE_ROUND,
+    "block": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
+    "resnet18": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
+    "train": ["--image-size", "32", "--batch-size", "64", "--steps", "2"],
+}
+ROW = {
+    "bench": str,
+    "case": str,
+    "shape": list,
+    "dtype": str,
+    "memory_format": str,
+    "device": str,
+    "phase": str,
+    "provider": str,
+    "backend": str,
+    "median_ms": float,
+    "p20_ms": float,
+    "p80_ms": float,
+    "ratio_to_eager": float,
+}
+PHASES = {"forward", "backward", "forward+backward", "train_step", "inference", "host_overhead"}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
+    name = run.split("-")[0]
+    results, plot = tmp_path / "results" / f"{run}.json", tmp_path / "results" / f"{run}.png"
+    main = importlib.import_module(f"benchmarks.{name}").main
+    main([*RUNS[run], *ALIKE, "--json", str(results), "--plot", str(plot)])
+
+    table = capsys.readouterr().out
+    assert "median ms" in table and "ratio to eager" in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    written = json.loads(results.read_text())
+    assert {"cpu", "torch", "threads", "mallopt"} <= written["machine"].keys()
+    for row in written["rows"]:
+        assert list(row) == list(ROW)
+        assert all(isinstance(row[key], kind) for key, kind in ROW.items())
+        assert row["bench"] == name
+        assert row["phase"] in PHASES
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["provider"] != "eager" or row["ratio_to_eager"] == 1
+    assert {"eager", "fused"} <= {row["provider"] for row in written["rows"]}

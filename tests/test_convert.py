@@ -1,0 +1,802 @@
+"""fuse and unfuse: which blocks are recognised, which are left and why, and what stays as it was."""
+
+import copy
+import functools
+import io
+import pickle
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from resnet_fused import FusedResidual, Residual, fuse, resnet18, unfuse
+from resnet_fused import functional as fused_functional
+
+
+class Layers(nn.Module):
+    """A block's layers as anybody would declare them; the tests add the forwards."""
+
+    def __init__(self, input_channels=6, num_channels=6, use_1x1conv=False, strides=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(input_channels, num_channels, 3, padding=1, stride=strides)
+        self.conv2 = nn.Conv2d(num_channels, num_channels, 3, padding=1)
+        self.conv3 = nn.Conv2d(input_channels, num_channels, 1, stride=strides) if use_1x1conv else None
+        self.bn1 = nn.BatchNorm2d(num_channels)
+        self.bn2 = nn.BatchNorm2d(num_channels)
+        self.relu = nn.ReLU()
+        self.relu_in_place = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(0.1)
+        self.register_buffer("buffer", torch.zeros(()))
+
+
+class NotebookResidual(Layers):
+    def forward(self, X):
+        Y = F.relu(self.bn1(self.conv1(X)))
+        Y = self.bn2(self.conv2(Y))
+        if self.conv3:
+            X = self.conv3(X)
+        Y += X
+        return F.relu(Y)
+
+
+class LazyResidual(nn.Module):
+    """As in "Dive into Deep Learning"."""
+
+    def __init__(self, num_channels=6, use_1x1conv=False, strides=1):
+        super().__init__()
+        self.conv1 = nn.LazyConv2d(num_channels, kernel_size=3, padding=1, stride=strides)
+        self.conv2 = nn.LazyConv2d(num_channels, kernel_size=3, padding=1)
+        self.conv3 = nn.LazyConv2d(num_channels, kernel_size=1, stride=strides) if use_1x1conv else None
+        self.bn1 = nn.LazyBatchNorm2d()
+        self.bn2 = nn.LazyBatchNorm2d()
+
+    forward = NotebookResidual.forward
+
+
+class ReluChildResidual(Layers):
+    """As in the book's older editions."""
+
+    def forward(self, X):
+        Y = self.relu_in_place(self.bn1(self.conv1(X)))
+        Y = self.bn2(self.conv2(Y))
+        if self.conv3 is not None:
+            X = self.conv3(X)
+        Y += X
+        return self.relu_in_place(Y)
+
+
+class NoConv3Residual(nn.Module):
+    """A block that has never heard of a third convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+
+    def forward(self, x):
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+BLOCK_CLASSES = [Residual, NotebookResidual, LazyResidual, ReluChildResidual, NoConv3Residual]
+
+
+def make(block_class, use_1x1conv=False):
+    """A float64 block with 6 channels, whose batch norms have statistics, gammas and betas worth the name."""
+    torch.manual_seed(0)
+    if block_class is NoConv3Residual:
+        block = block_class()
+    elif block_class is LazyResidual:
+        block = block_class(6, use_1x1conv)
+    else:
+        block = block_class(6, 6, use_1x1conv)
+    block.double()(make_input())
+    for bn in (block.bn1, block.bn2):
+        nn.init.normal_(bn.weight)
+        nn.init.normal_(bn.bias, std=0.3)
+    return block
+
+
+def make_input(seed=0):
+    return torch.randn(3, 6, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def block_with(forward, **attributes):
+    return type("Block", (Layers,), {"forward": forward, **attributes})
+
+
+def model_of(block):
+    return nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)), nn.Identity(), block).double()
+
+
+def snapshot(model):
+    """All that fuse and unfuse could change: each module's class, mode and attributes, and each tensor's value."""
+    modules = {name: (type(module), module.training, set(module.__dict__)) for name, module in model.named_modules()}
+    return modules, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    modules, tensors = snapshot(model)
+    assert modules == before[0]
+    assert list(tensors) == list(before[1])
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[1][name]), name
+
+
+def assert_same_numbers(fused, plain):
+    """Output, gradients and the statistics left behind, in training and then in eval."""
+    for training in (True, False):
+        X, other_X = make_input(1).requires_grad_(), make_input(1).requires_grad_()
+        Y, other_Y = fused.train(training)(X), plain.train(training)(other_X)
+        grad_output = torch.randn_like(Y)
+        Y.backward(grad_output)
+        other_Y.backward(grad_output)
+        assert 0.3 < (Y == 0).double().mean() < 0.7  # the ReLU clips, and not all
+        torch.testing.assert_close(Y, other_Y, rtol=0, atol=1e-12)
+        torch.testing.assert_close(X.grad, other_X.grad, rtol=1e-12, atol=1e-12)
+    for (name, parameter), other in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-10, atol=1e-10, msg=name)
+    for (name, buffer), other in zip(fused.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def reason_to_leave(block):
+    """Why fuse leaves the block, having checked that it leaves it as it was."""
+    before = snapshot(block)
+    report = fuse(block)
+    assert not report.fused
+    assert_unchanged(block, before)
+    (left,) = report.left
+    assert left[:2] == ("", type(block).__name__)
+    return left.reason
+
+
+# Recognised, and equal in numbers
+
+
+@pytest.mark.parametrize("use_1x1conv", [False, True])
+@pytest.mark.parametrize("block_class", BLOCK_CLASSES)
+def test_a_block_of_any_class_is_fused_and_keeps_its_numbers(block_class, use_1x1conv):
+    plain = model_of(make(block_class, use_1x1conv))
+    fused = copy.deepcopy(plain)
+    report = fuse(fused)
+    assert report.fused == [("2", block_class.__name__)]
+    assert type(fused[2]) is FusedResidual
+    assert_same_numbers(fused, plain)
+
+
+def test_a_fused_block_runs_the_fused_operators(monkeypatch):
+    called = []
+    for name in ("batch_norm_relu", "batch_norm_add_relu"):
+        function = getattr(fused_functional, name)
+
+        def spy(*args, _name=name, _function=function, **kwargs):
+            called.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(f"resnet_fused.blocks.{name}", spy)
+    block = make(NotebookResidual)
+    fuse(block)
+    block(make_input())
+    assert called == ["batch_norm_relu", "batch_norm_add_relu"]
+
+
+def test_a_whole_network_keeps_its_numbers():
+    torch.manual_seed(0)
+    plain = resnet18(6, block=NotebookResidual).double()
+    fused = copy.deepcopy(plain)
+    assert len(fuse(fused).fused) == 8
+    assert sum(type(module) is FusedResidual for module in fused.modules()) == 8
+    X = torch.randn(4, 6, 64, 64, dtype=torch.float64)
+    for training in (True, False):
+        torch.testing.assert_close(fused.train(training)(X), plain.train(training)(X), rtol=0, atol=1e-12)
+
+
+ADDS = {
+    "Y += X": lambda Y, X: functools.reduce(lambda a, b: a.__iadd__(b), [X], Y),
+    "Y + X": lambda Y, X: Y + X,
+    "X + Y": lambda Y, X: X + Y,
+    "torch.add": lambda Y, X: torch.add(Y, X),
+    "torch.add, by name": lambda Y, X: torch.add(input=X, other=Y, alpha=1),
+    "add": lambda Y, X: X.add(Y),
+    "add_": lambda Y, X: Y.add_(X),
+}
+RELUS = {
+    "F.relu": lambda self, Y: F.relu(Y),
+    "F.relu, in place": lambda self, Y: F.relu(Y, inplace=True),
+    "F.relu, in place by position": lambda self, Y: F.relu(Y, True),
+    "F.relu, by name": lambda self, Y: F.relu(input=Y),
+    "F.relu_": lambda self, Y: F.relu_(Y),
+    "torch.relu": lambda self, Y: torch.relu(Y),
+    "torch.relu_": lambda self, Y: torch.relu_(Y),
+    "relu": lambda self, Y: Y.relu(),
+    "relu_": lambda self, Y: Y.relu_(),
+    "nn.ReLU": lambda self, Y: self.relu(Y),
+    "nn.ReLU, in place": lambda self, Y: self.relu_in_place(Y),
+}
+
+
+def forward_spelled(relu=RELUS["F.relu"], add=ADDS["Y + X"]):
+    def forward(self, X):
+        identity = X if self.conv3 is None else self.conv3(X)
+        Y = self.bn2(self.conv2(relu(self, self.bn1(self.conv1(X)))))
+        return relu(self, add(Y, identity))
+
+    return forward
+
+
+SPELLINGS = {**{f"add as {name}": forward_spelled(add=add) for name, add in ADDS.items()}}
+SPELLINGS |= {f"relu as {name}": forward_spelled(relu=relu) for name, relu in RELUS.items()}
+
+
+@pytest.mark.parametrize("use_1x1conv", [False, True])
+@pytest.mark.parametrize("forward", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_every_spelling_of_add_and_relu_is_recognised(forward, use_1x1conv):
+    plain = make(block_with(forward), use_1x1conv)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).fused == [("", "Block")]
+    assert_same_numbers(fused, plain)
+
+
+def test_layers_of_other_classes_and_with_hooks_are_called_as_modules():
+    plain = make(NotebookResidual, use_1x1conv=True)
+    plain.conv1 = parametrizations.weight_norm(plain.conv1)
+    plain.conv3 = nn.Sequential(plain.conv3, nn.AvgPool2d(1))
+    plain.bn1.register_forward_hook(lambda bn, args, output: output * 2)
+    plain.conv2.register_forward_pre_hook(lambda conv, args: (args[0] * 0.5,))
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).fused
+    assert_same_numbers(fused, plain)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_keep_modes_of_their_own(training):
+    plain = make(NotebookResidual).train(training)
+    plain.bn1.train(not training)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert (fused.training, fused.bn1.training, fused.bn2.training) == (training, not training, training)
+    torch.testing.assert_close(fused(make_input()), plain(make_input()), rtol=0, atol=1e-12)
+
+
+def test_a_block_under_two_names_is_swapped_once():
+    block = make(NotebookResidual)
+    model = nn.Sequential(block, block)
+    assert fuse(model).fused == [("0", "NotebookResidual")]
+    assert model[0] is model[1] is block
+    assert unfuse(model).unfused == [("0", "NotebookResidual")]
+
+
+def test_blocks_inside_a_module_that_looks_like_a_block_are_found():
+    outer = block_with(lambda self, X: self.inner(self.bn1(X)))()
+    outer.inner = make(NotebookResidual)
+    report = fuse(outer)
+    assert report.fused == [("inner", "NotebookResidual")]
+    assert [left.name for left in report.left] == [""]
+
+
+# Left, and named
+
+
+def no_last_relu(self, X):
+    return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))) + X
+
+
+def no_first_relu(self, X):
+    return F.relu(self.bn2(self.conv2(self.bn1(self.conv1(X)))) + X)
+
+
+def no_residual(self, X):
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))))
+
+
+def pre_activation(self, X):
+    return self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(X)))))) + X
+
+
+def swapped_batch_norms(self, X):
+    return F.relu(self.bn1(self.conv2(F.relu(self.bn2(self.conv1(X))))) + X)
+
+
+def one_batch_norm_twice(self, X):
+    return F.relu(self.bn1(self.conv2(F.relu(self.bn1(self.conv1(X))))) + X)
+
+
+def relu_before_the_add(self, X):
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))) + X
+
+
+def residual_of_the_first_batch_norm(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    return F.relu(self.bn2(self.conv2(Y)) + Y)
+
+
+def three_inputs_to_the_add(self, X):
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))) + X + X)
+
+
+def scalar_added(self, X):
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))) + 1)
+
+
+def dropout_between(self, X):
+    return F.relu(self.bn2(self.conv2(self.drop(F.relu(self.bn1(self.conv1(X)))))) + X)
+
+
+def dropout_in_training_only(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    if self.training:
+        Y = self.drop(Y)
+    return F.relu(self.bn2(self.conv2(Y)) + X)
+
+
+def residual_in_training_only(self, X):
+    Y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))
+    return F.relu(Y + X if self.training else Y)
+
+
+def depends_on_a_layers_mode(self, X):
+    Y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))
+    return F.relu(Y + X if self.bn1.training else Y)
+
+
+def relu6_at_the_end(self, X):
+    return F.relu6(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))) + X)
+
+
+def conv1_twice(self, X):
+    self.conv1(X)
+    return NotebookResidual.forward(self, X)
+
+
+def bn1_counts_twice(self, X):
+    Y = self.conv1(X)
+    self.bn1(Y)
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(Y)))) + X)
+
+
+def counts_in_a_buffer(self, X):
+    self.buffer += 1
+    return NotebookResidual.forward(self, X)
+
+
+def two_outputs(self, X):
+    Y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))
+    return F.relu(Y + X), X
+
+
+def changes_its_input(self, X):
+    Y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))
+    X += Y
+    return F.relu(X)
+
+
+def second_argument(self, X, input=0):
+    return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))) + input)
+
+
+def unused_argument(self, X, mask=None):
+    return NotebookResidual.forward(self, X)
+
+
+def any_arguments(self, *X):
+    return NotebookResidual.forward(self, X[0])
+
+
+DIFFERENT = {
+    no_last_relu: "in training: expected output(relu), got output(add)",
+    no_first_relu: "in training: expected conv2(relu), got conv2(bn1)",
+    no_residual: "in training: expected relu(add), got relu(bn2)",
+    pre_activation: "in training: expected output(relu), got output(add)",
+    swapped_batch_norms: "in training: expected add(bn2, input), got add(bn1, input)",
+    one_batch_norm_twice: "in training: expected add(bn2, input), got add(bn1, input)",
+    relu_before_the_add: "in training: expected output(relu), got output(add)",
+    residual_of_the_first_batch_norm: "in training: expected add(bn2, input), got add(bn2, relu)",
+    three_inputs_to_the_add: "in training: expected add(bn2, input), got add(add, input)",
+    scalar_added: "in training: expected add(bn2, input), got add(bn2)",
+    dropout_between: "in training: expected conv2(relu), got conv2(Dropout())",
+    dropout_in_training_only: "in training: expected conv2(relu), got conv2(Dropout())",
+    residual_in_training_only: "in eval: expected relu(add), got relu(bn2)",
+    depends_on_a_layers_mode: "in eval: expected relu(add), got relu(bn2)",
+    relu6_at_the_end: "in training: expected output(relu), got output(relu6())",
+    conv1_twice: "in training: besides, it has conv1",
+    bn1_counts_twice: "in training: besides, it has bn1",
+    counts_in_a_buffer: "in training: besides, it has self.buffer, in-place add to self.buffer",
+    two_outputs: "in training: expected output(relu), got output((relu_1, x))",
+    changes_its_input: "in training: expected relu(add), got relu(in-place add to input)",
+    second_argument: "in training: expected add(bn2, input), got add(bn2, argument input)",
+    unused_argument: "in training: besides, it has argument mask",
+    any_arguments: "in training: expected add(bn2, input), got add(bn2, getitem())",
+}
+
+
+@pytest.mark.parametrize("forward", DIFFERENT, ids=lambda forward: forward.__name__)
+def test_a_forward_that_differs_is_left_and_the_difference_is_named(forward):
+    assert reason_to_leave(block_with(forward)()) == f"its forward differs {DIFFERENT[forward]}"
+
+
+DIFFERENT_ADDS = {
+    "torch.add, alpha=2": lambda Y, X: torch.add(Y, X, alpha=2),
+    "add_, alpha=2": lambda Y, X: Y.add_(X, alpha=2),
+    "a multiplier": lambda Y, X: Y + 0.5 * X,
+    "subtraction": lambda Y, X: Y - X,
+    "another output": lambda Y, X: torch.add(Y, X, out=Y),
+    "in place, onto the residual": lambda Y, X: X.add_(Y),
+    "twice bn2": lambda Y, X: Y + Y,
+}
+
+
+@pytest.mark.parametrize("use_1x1conv", [False, True])
+@pytest.mark.parametrize("add", DIFFERENT_ADDS.values(), ids=DIFFERENT_ADDS.keys())
+def test_another_sum_is_left(add, use_1x1conv):
+    assert "differs" in reason_to_leave(block_with(forward_spelled(add=add))(use_1x1conv=use_1x1conv))
+
+
+def test_a_third_convolution_that_the_forward_does_not_call_so_is_left():
+    reason = reason_to_leave(block_with(no_last_relu)(use_1x1conv=True))
+    assert "expected output(relu), got output(add)" in reason
+    bottleneck = block_with(lambda self, X: F.relu(self.bn2(self.conv3(F.relu(self.bn1(self.conv1(X))))) + X))
+    assert "expected add(bn2, conv3), got add(bn2, input)" in reason_to_leave(bottleneck(use_1x1conv=True))
+
+
+def skips_at_random(self, X):
+    if self.training and torch.rand(()) < 0:
+        return X
+    return NotebookResidual.forward(self, X)
+
+
+def skips_at_random_in_python(self, X):
+    if random.random() < 0:
+        return X
+    return NotebookResidual.forward(self, X)
+
+
+def branches_on_values(self, X):
+    return X if X.sum() > 0 else NotebookResidual.forward(self, X)
+
+
+def keeps_its_output(self, X):
+    self.kept = NotebookResidual.forward(self, X)
+    return self.kept
+
+
+def counts_its_calls(self, X):
+    self.calls += 1
+    return NotebookResidual.forward(self, X)
+
+
+def writes_a_log(self, X):
+    self.log.append("called")
+    return NotebookResidual.forward(self, X)
+
+
+def without_gradients(self, X):
+    with torch.no_grad():
+        return NotebookResidual.forward(self, X)
+
+
+def with_gradients(self, X):
+    with torch.enable_grad():
+        return NotebookResidual.forward(self, X)
+
+
+def in_full_precision(self, X):
+    with torch.autocast("cpu", enabled=False):
+        return NotebookResidual.forward(self, X)
+
+
+def checkpointed(self, X):
+    return checkpoint(functools.partial(NotebookResidual.forward, self), X, use_reentrant=False)
+
+
+UNTRACEABLE = {
+    skips_at_random: "in training: RuntimeError: it draws random numbers",
+    skips_at_random_in_python: "in training: RuntimeError: it draws random numbers",
+    branches_on_values: "in training: TraceError: symbolically traced variables cannot be used as inputs",
+    keeps_its_output: "in training: RuntimeError: it assigns to kept",
+    counts_its_calls: "in training: RuntimeError: it assigns to calls",
+    writes_a_log: "in training: AttributeError: 'Block' object has no attribute 'log'",
+    without_gradients: "in training: RuntimeError: it runs steps under no_grad",
+    with_gradients: "in eval: RuntimeError: it runs steps under no_grad",
+    in_full_precision: "in training: RuntimeError: it runs steps under no_grad, autocast",
+    checkpointed: "in training: RuntimeError: it runs steps under no_grad, autocast, checkpointing",
+}
+
+
+@pytest.mark.parametrize("forward", UNTRACEABLE, ids=lambda forward: forward.__name__)
+def test_a_forward_whose_trace_would_hide_something_is_left_and_leaves_no_trace(forward):
+    block = block_with(forward)()
+    block.calls = 0
+    block.log = []
+    assert reason_to_leave(block).startswith(f"its forward cannot be traced {UNTRACEABLE[forward]}")
+    assert block.calls == 0
+    assert block.log == []
+
+
+def test_state_that_the_forward_does_not_use_is_no_hindrance():
+    block = make(NotebookResidual)
+    block.log = ["kept"]
+    block.scale = nn.Parameter(torch.ones(1))
+    assert fuse(block).fused
+    assert block.log == ["kept"]
+
+
+def test_lazy_layers_are_left_until_the_first_batch():
+    block = LazyResidual(6)
+    (left,) = fuse(block).left
+    assert left.reason == "conv1 is lazy and not initialised: run one batch first"
+    assert type(block) is LazyResidual
+    block(make_input().float())
+    assert fuse(block).fused == [("", "LazyResidual")]
+
+
+def with_relu_hook(block):
+    block.relu_in_place.register_forward_hook(lambda relu, args, output: None)
+
+
+def with_relu_forward(block):
+    block.relu_in_place.forward = torch.tanh
+
+
+def with_relu_subclass(block):
+    block.relu_in_place = type("LeakyAtHeart", (nn.ReLU,), {})()
+
+
+def with_forward(block):
+    block.forward = lambda X: X
+
+
+def with_group_norm(block):
+    block.bn2 = nn.GroupNorm(2, 6)
+
+
+def with_parametrization(block):
+    block.scale = nn.Parameter(torch.ones(3, 3))
+    nn.utils.parametrize.register_parametrization(block, "scale", nn.Identity())
+
+
+def without_bn2(block):
+    del block.bn2
+
+
+UNFIT = {
+    with_relu_hook: "expected output(relu), got output(ReLU with hooks or a forward of its own)",
+    with_relu_forward: "expected output(relu), got output(ReLU with hooks or a forward of its own)",
+    with_relu_subclass: "expected output(relu), got output(LeakyAtHeart())",
+    with_forward: "its forward was replaced on the instance",
+    with_group_norm: "bn2: expected a BatchNorm2d, got GroupNorm",
+    with_parametrization: "it is parametrized",
+    without_bn2: "not a residual block: no bn2",
+}
+
+
+@pytest.mark.parametrize("change", UNFIT, ids=lambda change: change.__name__)
+def test_a_block_that_was_changed_is_left(change):
+    block = ReluChildResidual()
+    change(block)
+    assert UNFIT[change] in reason_to_leave(block)
+
+
+def test_a_function_as_conv3_is_left():
+    block = ReluChildResidual()
+    del block.conv3
+    block.conv3 = torch.neg
+    assert reason_to_leave(block).startswith("conv3: expected a layer or None, got ")
+
+
+@pytest.mark.parametrize("method", ["train", "state_dict", "__call__", "__getstate__", "__deepcopy__", "__len__"])
+def test_a_class_that_overrides_what_modules_do_is_left(method):
+    block_class = block_with(NotebookResidual.forward, **{method: getattr(nn.Module, method, lambda self: 0)})
+    (left,) = fuse(block_class()).left
+    assert left.reason == f"its class overrides {method}"
+
+
+def test_a_class_of_another_layout_is_left():
+    block_class = block_with(NotebookResidual.forward, __slots__=("slot",))
+    assert reason_to_leave(block_class()).startswith("its class cannot be swapped: ")
+
+
+def test_a_subclass_of_fused_residual_is_left_both_ways():
+    block = type("Mine", (FusedResidual,), {})(6, 6)
+    assert "cannot be traced" in reason_to_leave(block)
+    assert unfuse(block).left == [("", "Mine", "a subclass of FusedResidual")]
+    assert type(block).__name__ == "Mine"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+def test_a_scripted_block_is_left():
+    scripted = torch.jit.trace(make(Residual).eval(), make_input())
+    (left,) = fuse(scripted).left
+    assert left.reason == "a scripted module"
+
+
+def test_a_traced_block_is_left():
+    assert "its class overrides" in reason_to_leave(torch.fx.symbolic_trace(make(Residual)))
+
+
+# filter_fn, and errors
+
+
+def test_filter_fn_is_asked_about_blocks_that_could_be_swapped_and_no_more():
+    asked = []
+
+    def filter_fn(module, name):
+        asked.append((name, module))
+        return name != "2"
+
+    model = nn.Sequential(
+        nn.BatchNorm2d(6), make(NotebookResidual), make(NotebookResidual), block_with(pre_activation)()
+    )
+    report = fuse(model, filter_fn)
+    assert asked == [("1", model[1]), ("2", model[2])]
+    assert report.fused == [("1", "NotebookResidual")]
+    assert ("2", "NotebookResidual", "filter_fn said no") in report.left
+    assert type(model[2]) is NotebookResidual
+
+
+def test_an_error_in_filter_fn_leaves_every_block_as_it_was():
+    model = nn.Sequential(make(NotebookResidual), make(NoConv3Residual))
+    before = snapshot(model)
+
+    def filter_fn(module, name):
+        if name == "1":
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        fuse(model, filter_fn)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_what_is_not_a_module_is_refused(function):
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
+        function([make(Residual)])
+
+
+def test_random_generators_stand_where_they_stood():
+    block = make(NotebookResidual)
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    fuse(block)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert random.getstate() == python_state
+
+
+# What stays
+
+
+def test_references_and_a_bare_root_survive():
+    block = make(NotebookResidual)
+    children = dict(block.named_children())
+    parameters = list(block.parameters())
+    fuse(block)
+    assert isinstance(block, FusedResidual)
+    assert dict(block.named_children()) == children
+    assert all(after is before for after, before in zip(block.parameters(), parameters, strict=True))
+
+
+def test_hooks_on_the_block_survive():
+    block = make(NotebookResidual)
+    calls = []
+    block.register_forward_pre_hook(lambda module, args: calls.append("forward pre"))
+    block.register_forward_hook(lambda module, args, output: calls.append("forward"))
+    block.register_full_backward_hook(lambda module, grad_input, grad_output: calls.append("backward"))
+    fuse(block)
+    assert not calls  # nor does tracing call them
+    block(make_input().requires_grad_()).sum().backward()
+    assert calls == ["forward pre", "forward", "backward"]
+    unfuse(block)
+    block(make_input().requires_grad_()).sum().backward()
+    assert calls == ["forward pre", "forward", "backward"] * 2
+
+
+def test_hooks_on_the_layers_survive_and_are_not_called_by_fuse():
+    block = make(NotebookResidual, use_1x1conv=True)
+    calls = []
+    for name, layer in block.named_children():
+        layer.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    del block.relu, block.relu_in_place
+    assert fuse(block).fused
+    assert not calls
+    block(make_input())
+    assert sorted(calls) == ["bn1", "bn2", "conv1", "conv2", "conv3"]
+
+
+@pytest.mark.parametrize("block_class", BLOCK_CLASSES)
+def test_state_dicts_load_strictly_both_ways(block_class):
+    plain, fused = make(block_class), make(block_class)
+    fuse(fused)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    fused.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(fused.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("block_class", BLOCK_CLASSES)
+def test_unfuse_restores_everything(block_class):
+    model = model_of(make(block_class, use_1x1conv=True))
+    before = snapshot(model)
+    fuse(model)
+    assert unfuse(model).unfused == [("2", block_class.__name__)]
+    assert_unchanged(model, before)
+
+
+def test_unfuse_makes_a_native_fused_block_plain():
+    model = resnet18()
+    assert len(unfuse(model).unfused) == 8
+    assert {type(module) for module in model.modules() if isinstance(module, Residual)} == {Residual}
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+
+
+def test_fusing_twice_changes_nothing_more():
+    model = model_of(make(NotebookResidual))
+    fuse(model)
+    before = snapshot(model)
+    report = fuse(model)
+    assert not report.fused
+    assert ("2", "FusedResidual", "already fused") in report.left
+    assert_unchanged(model, before)
+    unfuse(model)
+    assert type(model[2]) is NotebookResidual
+    assert not unfuse(model).unfused
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def through_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("block_class", BLOCK_CLASSES)
+def test_copies_of_a_fused_model_run_and_can_be_unfused(copy_of, block_class):
+    model = model_of(make(block_class))
+    before = snapshot(model)
+    fuse(model)
+    copied = copy_of(model)
+    assert type(copied[2]) is FusedResidual
+    assert torch.equal(copied.eval()(make_input()), model.eval()(make_input()))
+    copied.train()
+    unfuse(copied)
+    assert_unchanged(copied, before)
+
+
+# The report
+
+
+def test_the_report_names_what_was_swapped_and_what_was_left():
+    model = model_of(make(NotebookResidual))
+    report = fuse(model)
+    assert report.fused == [("2", "NotebookResidual")]
+    assert report.left == [("0", "Sequential", "not a residual block: no conv1, conv2, bn1, bn2")]
+    assert str(report).splitlines() == [
+        "fused 1:",
+        "  2 (NotebookResidual)",
+        "left 1:",
+        "  0 (Sequential): not a residual block: no conv1, conv2, bn1, bn2",
+    ]
+    assert str(unfuse(model)).splitlines() == ["unfused 1:", "  2 (NotebookResidual)"]
+
+
+def test_a_model_without_blocks_is_unchanged_and_the_report_says_so():
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Sequential(nn.BatchNorm2d(6), nn.ReLU()), nn.Linear(1, 1))
+    before = snapshot(model)
+    report = fuse(model)
+    assert_unchanged(model, before)
+    assert not report.fused
+    assert [left.name for left in report.left] == ["1"]
+    assert str(report).startswith("nothing was changed")
+    assert str(fuse(nn.Linear(1, 1))) == str(unfuse(model)) == "nothing was changed"
+
+
+def test_a_bare_block_is_named_as_the_model():
+    assert str(fuse(make(NotebookResidual))) == "fused 1:\n  the model (NotebookResidual)"

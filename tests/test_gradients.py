@@ -1,0 +1,125 @@
+"""First and second derivatives against finite differences, opcheck of the raw ops, and what is saved for backward."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from resnet_fused import functional
+
+from .problem import Problem, in_layout
+
+SHAPES = [(4, 3, 3, 2), (12, 3), (3, 3, 2, 2, 2)]
+
+
+def _call(problem, training, with_residual):
+    """(function of the differentiable tensors, those tensors); statistics are copies, so that calls are repeatable."""
+    names = ["input", "weight", "bias", "input_bias"] + (["residual"] if with_residual else [])
+    leaves = [getattr(problem, name).detach().clone().requires_grad_() for name in names]
+
+    def call(*tensors):
+        arguments = dict(zip(names, tensors, strict=True))
+        statistics = {"running_mean": problem.running_mean.clone(), "running_var": problem.running_var.clone()}
+        function = functional.batch_norm_add_relu if with_residual else functional.batch_norm_relu
+        return function(**arguments, **statistics, training=training)
+
+    return call, leaves
+
+
+def _problem(shape, layout, device, with_residual):
+    problem = Problem.random(shape, torch.float64, layout, device, with_residual)
+    return problem.with_(input_bias=torch.randn(shape[1], dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradcheck(backend, device, layout, shape, training, with_residual):
+    call, leaves = _call(_problem(shape, layout, device, with_residual), training, with_residual)
+    share = (call(*leaves) == 0).double().mean().item()
+    assert 0.3 <= share <= 0.7
+    assert gradcheck(call, leaves)  # by default against random output gradients
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradgradcheck(backend, device, layout, shape, training, with_residual):
+    call, leaves = _call(_problem(shape, layout, device, with_residual), training, with_residual)
+    assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True)
+
+
+def _raw_calls(problem, ops, training):
+    """(op, arguments) of the four raw ops; requires_grad nowhere, as autograd lies above them."""
+    vectors = (problem.weight, problem.bias)
+    statistics = (problem.running_mean, problem.running_var, torch.tensor(3, device=problem.input.device))
+    tail = (*statistics, None, training, 0.1, 1e-5)
+    x, r, g = problem.input, problem.residual, problem.grad_output
+    output, mean, invstd = ops.batch_norm_add_relu(x, r, *vectors, *(s.clone() for s in statistics), *tail[3:])
+    return [
+        (ops.batch_norm_add_relu.default, (x, r, *vectors, *tail)),
+        (ops.batch_norm_relu.default, (x, *vectors, *tail)),
+        (
+            ops.batch_norm_add_relu_backward.default,
+            (g, x, output, *vectors, mean, invstd, training, True, True, True, True),
+        ),
+        (ops.batch_norm_relu_backward.default, (g, x, *vectors, mean, invstd, training, True, False, True)),
+    ]
+
+
+@pytest.mark.parametrize("index", range(4), ids=["add_relu", "relu", "add_relu_backward", "relu_backward"])
+def test_opcheck(backend, device, dtype, layout, training, index):
+    from resnet_fused.backend import get
+
+    problem = Problem.random((4, 6, 5, 3), dtype, layout, device)
+    op, arguments = _raw_calls(problem, get(backend).ops, training)[index]
+    torch.library.opcheck(op, arguments)
+
+
+def _saved(call):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = call()
+    return output, saved
+
+
+def test_the_tail_saves_input_output_and_vectors(backend, device, layout):
+    problem = Problem.random((4, 6, 5, 5), layout=layout, device=device)
+    call, leaves = _call(problem.with_(input_bias=torch.randn(6)), True, True)
+    output, saved = _saved(lambda: call(*leaves))
+    large = [tensor.data_ptr() for tensor in saved if tensor.numel() > 6]
+    assert sorted(large) == sorted([leaves[0].data_ptr(), output.data_ptr()])
+
+
+def test_batch_norm_relu_saves_the_input_and_vectors(backend, device, layout):
+    problem = Problem.random((4, 6, 5, 5), layout=layout, device=device, residual=False)
+    call, leaves = _call(problem.with_(input_bias=torch.randn(6)), True, False)
+    _, saved = _saved(lambda: call(*leaves))
+    assert [tensor.data_ptr() for tensor in saved if tensor.numel() > 6] == [leaves[0].data_ptr()]
+
+
+def test_an_in_place_edit_of_a_saved_tensor_is_autograds_error(backend, device, with_residual):
+    problem = Problem.random((4, 6, 5, 5), device=device, residual=with_residual).with_(input_bias=torch.randn(6))
+    call, leaves = _call(problem, True, with_residual)
+    x = leaves[0] * 1
+    output = call(x, *leaves[1:])
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("edited", ["input", "weight"])
+def test_the_second_derivative_is_not_silently_dropped(backend, device, with_residual, edited):
+    problem = _problem((4, 3, 3, 2), "contiguous", device, with_residual)
+    call, leaves = _call(problem, True, with_residual)
+    (first,) = torch.autograd.grad(
+        call(*leaves), leaves[0 if edited == "input" else 1], problem.grad_output, create_graph=True
+    )
+    (second,) = torch.autograd.grad(first.pow(2).sum(), leaves[0])
+    assert torch.count_nonzero(second) > 0
+
+
+def test_grad_output_in_any_layout(backend, device, layout):
+    problem = Problem.random((4, 6, 5, 3), torch.float64, layout, device)
+    for grad_output in (
+        torch.ones(1, dtype=torch.float64, device=device).expand(4, 6, 5, 3),  # stride 0, as .sum() gives
+        problem.grad_output.transpose(0, 2).contiguous().transpose(0, 2),
+        in_layout(problem.grad_output, "channels_last" if layout == "contiguous" else "contiguous"),
+        torch.randn(4, 6, 5, 6, dtype=torch.float64, device=device)[..., ::2],
+    ):
+        problem.with_(grad_output=grad_output).check()
