@@ -1,6 +1,7 @@
 """Builds the C++ extension. Everything else is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -25,10 +26,11 @@ if Version(torch.__version__).release < Version(MINIMUM_TORCH).release:
         "Run `pip install --upgrade torch`."
     )
 
-if not any(shutil.which(compiler) for compiler in (get_cxx_compiler(), "g++", "clang++")):
+compiler = shlex.split(get_cxx_compiler())[0]
+if not shutil.which(compiler):
     sys.exit(
-        f"resnet_fused: no C++ compiler ({get_cxx_compiler()} is not on PATH). Install one (Debian, Ubuntu: "
-        "`apt-get install g++ python3-dev`) or set CXX."
+        f"resnet_fused: no C++ compiler ({compiler} is not on PATH). Install one (Debian, Ubuntu: `apt-get install g++ "
+        "python3-dev`) or set CXX."
     )
 
 

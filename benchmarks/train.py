@@ -1,8 +1,8 @@
 """ResNet-18 really trained on scikit-learn's handwritten digits, plain and fused side by side from one seed.
 
 The two trainings take turns step by step, so that their images/s are comparable. A fifth of the 1,797 images is held
-out for the test accuracy. In float32 the two losses part after some steps, as training magnifies rounding; with
-`--dtype float64` they don't. The JSON has a further key, "curves": the losses and accuracies over the steps.
+out for the test accuracy. In float32 the two losses part after a few steps, as training magnifies rounding; with
+`--dtype float64 --steps 5` they agree to 12 digits. The JSON has a further key, "curves": losses and accuracies.
 """
 
 import functools

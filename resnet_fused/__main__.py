@@ -1,4 +1,4 @@
-"""``python -m resnet_fused``: the versions at work, the backends there are, and for each missing one why, and the fix."""
+"""``python -m resnet_fused``: versions, backends, and for each missing one why, and the fix."""
 
 import platform
 
@@ -10,7 +10,8 @@ from .backend import all_backends
 
 def report() -> str:
     lines = [
-        f"resnet_fused {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"resnet_fused {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        platform.platform(),
         f"CUDA of torch: {torch.version.cuda or 'none'}; GPUs: {torch.cuda.device_count()}",
         "",
         "backends, in the order in which RESNET_FUSED_BACKEND=auto prefers them:",

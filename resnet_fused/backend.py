@@ -16,7 +16,7 @@ from .ops import register_fakes
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the four ops. ``ops`` is None for ``eager``, which has no raw ops, and where it is missing."""
+    """One implementation of the four ops. ``ops`` is None for ``eager``, and where it is missing."""
 
     name: str
     device_types: tuple[str, ...]
@@ -31,7 +31,7 @@ _backends: dict[str, Backend] = {}
 def register(
     name: str, namespace: str, device_types: tuple[str, ...], unavailable: str | None = None, detail: str = ""
 ) -> None:
-    """Add the backend whose ops are ``torch.ops.<namespace>``; ``unavailable`` says why, and the fix, where they aren't."""
+    """Add the backend whose ops are ``torch.ops.<namespace>``; ``unavailable``: why they aren't, and the fix."""
     ops = None
     if unavailable is None:
         register_fakes(namespace)
@@ -105,7 +105,7 @@ def select(device_type: str) -> Backend:
         backend = _backends[_chosen]
         if backend.device_types and device_type not in backend.device_types:
             raise ValueError(
-                f"backend {_chosen!r} serves inputs on {' or '.join(backend.device_types)}, got an input on {device_type}"
+                f"backend {_chosen!r} serves inputs on {' or '.join(backend.device_types)}, got one on {device_type}"
             )
         return backend
     missing = None
@@ -127,7 +127,7 @@ def _warn_of_fallback(device_type: str, missing: Backend | None) -> None:
     _warned.add(device_type)
     cause = "there is none for it" if missing is None else f"{missing.name}: {missing.unavailable}"
     warnings.warn(
-        f"resnet_fused has no fused backend for {device_type} tensors and runs plain PyTorch operators instead ({cause}). "
+        f"resnet_fused has no fused backend for {device_type} tensors and runs plain PyTorch operators ({cause}). "
         "`python -m resnet_fused` lists the backends; RESNET_FUSED_BACKEND=eager silences this warning.",
         stacklevel=4,
     )

@@ -125,7 +125,7 @@ def test_nan_or_inf_in_one_channel_stays_there(backend, device, layout, training
 
 
 def _ties(device, dtype, layout):
-    """Outputs that are exactly 0 in channel 0, by gamma = beta = 0 and a residual of 0, and NaN where the residual is."""
+    """Outputs of exactly 0 in channel 0, by gamma = beta = residual = 0, and NaN where the residual is."""
     problem = Problem.random((4, 3, 5, 5), dtype, layout, device)
     weight, bias, residual = problem.weight.clone(), problem.bias.clone(), problem.residual.clone()
     weight[0] = bias[0] = 0

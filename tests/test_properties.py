@@ -158,7 +158,7 @@ def test_an_instruction_set_that_is_not_there_is_refused(capability):
         pytest.skip(f"this CPU has {capability}")
     done = _run_with_capability(capability, "-c", "from resnet_fused import _C; _C.cpu_capability()")
     assert done.returncode != 0
-    assert f"RESNET_FUSED_CPU_CAPABILITY: expected one that this CPU and build have (baseline" in done.stderr
+    assert "RESNET_FUSED_CPU_CAPABILITY: expected one that this CPU and build have (baseline" in done.stderr
     assert f"got '{capability}'" in done.stderr
 
 

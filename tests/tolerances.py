@@ -1,4 +1,4 @@
-"""The one table of tolerances: the largest error that is rounding, relative to the largest value of the tensor compared.
+"""The one table of tolerances: the largest error that is rounding, relative to the tensor's largest value.
 
 An output is rounded once to its dtype, after arithmetic in float32 or float64. Gradients of parameters are sums over
 a channel, kept in double and rounded once.

@@ -1,0 +1,169 @@
+"""Which backend runs, what happens where it is missing, and what the user is told."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import resnet_fused
+from resnet_fused import available_backends, functional, use_backend
+from resnet_fused import backend as backend_module
+
+from .problem import Problem
+
+
+def _ops_of(call):
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        call()
+    return {event.key for event in run.key_averages()}
+
+
+def _call(device="cpu"):
+    x = torch.randn(4, 3, 5, 5, device=device, requires_grad=True)
+    return x, functional.batch_norm_relu(x, None, None, training=True)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A copy of the registered backends, to change at will."""
+    backends = dict(backend_module._backends)
+    monkeypatch.setattr(backend_module, "_backends", backends)
+    monkeypatch.setattr(backend_module, "_warned", set())
+    monkeypatch.setattr(backend_module, "_chosen", "auto")
+    return backends
+
+
+def _python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_the_public_names_are_there():
+    for name in resnet_fused.__all__:
+        assert hasattr(resnet_fused, name)
+    assert set(resnet_fused.__all__) >= {"Residual", "FusedResidual", "resnet18", "fuse", "unfuse", "use_backend"}
+
+
+def test_auto_runs_the_fused_op_and_nothing_of_eagers(backend, device):
+    with use_backend("auto"):
+        ops = _ops_of(lambda: _call(device)[1].sum().backward())
+    assert "resnet_fused::batch_norm_relu" in ops and "resnet_fused::batch_norm_relu_backward" in ops
+    assert not ops & {"aten::batch_norm", "aten::native_batch_norm", "aten::relu"}
+
+
+def test_eager_runs_no_fused_op_and_equals_it(device="cpu"):
+    problem = Problem.random((6, 10, 5, 5), torch.float64)
+    expected = problem.run()
+    with use_backend("eager"):
+        assert not any(op.startswith("resnet_fused") for op in _ops_of(_call))
+        actual = problem.check()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-10)
+
+
+def test_a_backward_runs_on_its_forwards_backend(backend, device):
+    x, output = _call(device)
+    with use_backend("eager"):
+        ops = _ops_of(lambda: output.sum().backward())
+    assert "resnet_fused::batch_norm_relu_backward" in ops
+
+
+def test_use_backend_nests_and_restores_after_an_error():
+    with use_backend("cpu"):
+        with pytest.raises(KeyError), use_backend("eager"):
+            assert backend_module.select("cpu").name == "eager"
+            raise KeyError
+        assert backend_module.select("cpu").name == "cpu"
+
+
+def test_an_unknown_backend_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="backend: expected one of .*'cpu'.*got 'tpu'"), use_backend("tpu"):
+        pass
+
+
+def test_a_backend_asked_for_by_name_refuses_another_device():
+    x = torch.empty(4, 3, 5, 5, device="meta")
+    with use_backend("cpu"), pytest.raises(ValueError, match="'cpu' serves inputs on cpu, got one on meta"):
+        functional.batch_norm_relu(x, None, None, training=True)
+
+
+def test_a_missing_backend_is_named_with_cause_and_fix(registry):
+    backend_module.register("cpu", "resnet_fused", ("cpu",), unavailable="not built; build it with make")
+    assert "cpu" not in available_backends()
+    with pytest.raises(ValueError, match="'cpu' is not available: not built; build it with make"), use_backend("cpu"):
+        pass
+
+
+def test_auto_falls_back_to_eager_with_one_warning(registry):
+    backend_module.register("cpu", "resnet_fused", ("cpu",), unavailable="not built; build it with make")
+    with pytest.warns(UserWarning, match="runs plain PyTorch operators .*not built; build it with make"):
+        _call()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _call()
+
+
+def test_a_further_backend_joins_by_register(registry):
+    backend_module.register("cpu-again", "resnet_fused", ("cpu",))
+    assert "cpu-again" in available_backends()
+    with use_backend("cpu-again"):
+        Problem.random((6, 10, 5, 5)).check()
+
+
+def test_the_environment_chooses_the_backend():
+    code = "import resnet_fused.backend as b; print(b.select('cpu').name)"
+    assert _python("-c", code, RESNET_FUSED_BACKEND="eager").stdout.strip() == "eager"
+    assert _python("-c", code, RESNET_FUSED_BACKEND="auto").stdout.strip() == "cpu"
+    refused = _python("-c", code, RESNET_FUSED_BACKEND="tpu")
+    assert refused.returncode != 0 and "got 'tpu'" in refused.stderr
+
+
+def test_the_module_says_what_there_is():
+    done = _python("-m", "resnet_fused")
+    assert done.returncode == 0, done.stderr
+    assert f"torch {torch.__version__}" in done.stdout
+    assert "cpu    C++, instruction set" in done.stdout
+
+
+def test_without_the_extension_it_imports_and_says_why():
+    code = "import sys; sys.modules['resnet_fused._C'] = None; from resnet_fused import __main__ as m; print(m.report())"
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "not available: the C++ extension resnet_fused._C does not load" in done.stdout
+    assert "pip install" in done.stdout
+
+
+# The build's errors ---------------------------------------------------------------------------------------------------
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def _setup(tmp_path, stand_in="", **environment):
+    """setup.py's message, with Python code run before it in place of what the machine lacks."""
+    code = f"import sys; sys.argv = ['setup.py', '--version']\n{stand_in}\nexec(open('setup.py').read())"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_a_missing_compiler_is_named_with_the_fix(tmp_path):
+    done = _setup(tmp_path, CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "no C++ compiler (no-such-compiler is not on PATH)" in done.stderr and "apt-get install g++" in done.stderr
+
+
+def test_a_too_old_torch_is_named_with_the_fix(tmp_path):
+    done = _setup(tmp_path, "import torch; torch.__version__ = '2.9.1'")
+    assert done.returncode != 0
+    assert "needs torch>=2.10, found 2.9.1" in done.stderr and "pip install --upgrade torch" in done.stderr
+
+
+def test_a_build_without_torch_is_told_what_to_install(tmp_path):
+    done = _setup(tmp_path, "sys.modules['torch'] = None")
+    assert done.returncode != 0
+    assert "the build needs torch>=2.10" in done.stderr and "--no-build-isolation" in done.stderr
