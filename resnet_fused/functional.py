@@ -151,7 +151,7 @@ def batch_norm_relu(
         )
     return BatchNormReLU.call(
         input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps, ops
-    )[0]
+    )
 
 
 def batch_norm_add_relu(
@@ -228,4 +228,4 @@ def batch_norm_add_relu(
         momentum,
         eps,
         ops,
-    )[0]
+    )

@@ -3,13 +3,14 @@
 // Public arguments are checked in Python (resnet_fused/functional.py), with ValueError and TypeError; what is checked
 // again here is what memory safety needs where somebody calls the raw ops.
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -23,6 +24,8 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxDim = 64;  // of a PyTorch tensor
 
 // Layout
 // ---------------------------------------------------------------------------------------------------------------
@@ -54,12 +57,39 @@ Tensor as_format(const Tensor& tensor, MemoryFormat format) {
   return torch::stable::contiguous(tensor, format);
 }
 
-Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  return torch::stable::empty(input.sizes(), input.scalar_type(), std::nullopt, input.device(), std::nullopt, format);
+// torch::stable::empty costs some 2 us of boxing a call, of a backward's 18 for four; this shim does not box.
+Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
-Tensor empty_vector(const Tensor& input, int64_t size, ScalarType type) {
-  return torch::stable::empty({size}, type, std::nullopt, input.device());
+int32_t type_code(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  return type;
+}
+
+Tensor empty_like(const Tensor& input, MemoryFormat format) {
+  const auto sizes = input.sizes();
+  const int64_t dim = input.dim();
+  std::array<int64_t, kMaxDim> strides;
+  int64_t stride = 1;
+  const auto take = [&](int64_t d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (format != MemoryFormat::Contiguous) take(1);
+  for (int64_t d = dim - 1; d > 1; --d) take(d);
+  if (format == MemoryFormat::Contiguous) take(1);
+  take(0);
+  return empty_strided(dim, sizes.data(), strides.data(), type_code(input));
+}
+
+Tensor empty_vector(int64_t size, int32_t type) {
+  const int64_t stride = 1;
+  return empty_strided(1, &size, &stride, type);
 }
 
 Plan plan_of(const Tensor& input, MemoryFormat format) {
@@ -221,8 +251,8 @@ struct AffineBuffer {
 // --------------------------------------------------------------------------------------------------------------
 
 void check_input(const Tensor& input) {
-  STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.size(1) >= 1,
-                  "input: expected a CPU tensor (N, C, *) with at least one channel");
+  STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.dim() <= kMaxDim && input.size(1) >= 1,
+                  "input: expected a CPU tensor (N, C, *) of 2 to ", kMaxDim, " dimensions with at least one channel");
 }
 
 void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
@@ -275,8 +305,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const MemoryFormat format = memory_format(input);
   const Tensor x = as_format(input, format), output = empty_like(input, format);
   const OptionalTensor r = residual ? OptionalTensor(as_format(*residual, format)) : std::nullopt;
-  const Tensor mean = empty_vector(input, channels, ScalarType::Double);
-  const Tensor invstd = empty_vector(input, channels, ScalarType::Double);
+  const Tensor mean = empty_vector(channels, aoti_torch_dtype_float64());
+  const Tensor invstd = empty_vector(channels, aoti_torch_dtype_float64());
   double* means = static_cast<double*>(mean.data_ptr());
   double* invstds = static_cast<double*>(invstd.data_ptr());
 
@@ -344,10 +374,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
 
   const MemoryFormat format = memory_format(input);
   const auto empty_if = [&](bool need) {
-    return need ? empty_like(input, format) : empty_vector(input, 0, input.scalar_type());
+    return need ? empty_like(input, format) : empty_vector(0, type_code(input));
   };
   const auto vector_if = [&](bool need, const OptionalTensor& parameter) {
-    return empty_vector(input, need ? channels : 0, parameter ? parameter->scalar_type() : ScalarType::Double);
+    return empty_vector(need ? channels : 0, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
   };
   const Tensor grad_input = empty_if(needed.input), grad_residual = empty_if(needed.residual);
   const Tensor grad_weight = vector_if(needed.weight, weight), grad_bias = vector_if(needed.bias, bias);

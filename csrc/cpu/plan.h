@@ -63,6 +63,7 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t th
   } else if (channels * inner <= kMaxWidth) {
     plan.group = channels;
     plan.row_outer = kMaxWidth / (channels * inner);
+    if (plan.row_outer > outer) plan.row_outer = outer;
     plan.chunk_outer = kChunkRows * plan.row_outer;
   } else {
     const int64_t blocks = ceil_div(channels, kMaxWidth / inner);  // of as many channels as fit
