@@ -46,10 +46,12 @@ def test_three_training_steps_with_inductor_equal_eager(device, dtype, layout, m
         block.bn1.momentum = block.bn2.momentum = momentum
     model = copy.deepcopy(eager)
     counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=len(set(batch_sizes)) > 1)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3) for m in (eager, model)]
     for batch_size in batch_sizes:
         images = in_layout(_images(device, batch_size).to(dtype), layout)
+        if len(set(batch_sizes)) > 1:
+            torch._dynamo.mark_dynamic(images, 0)
         target = torch.randn(batch_size, 3, dtype=dtype, device=device)
         losses = [nn.functional.mse_loss(m(images), target) for m in (eager, compiled)]
         for loss, optimizer in zip(losses, optimizers, strict=True):

@@ -1,0 +1,155 @@
+"""Plants faults, one at a time, and requires the suite to turn red: ``make mutate``.
+
+``python -m tests.mutate NAME...`` plants some of them. Each is one replacement in one file of a copy of the checkout,
+which is then rebuilt. A fault that no test notices is a hole in the suite: mend the suite, not this list.
+"""
+# ruff: noqa: E501  one line a fault
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    find: str  # occurs exactly once
+    replace: str
+
+
+KERNELS = "csrc/cpu/kernels_impl.h"
+GLUE = "csrc/cpu/batch_norm_add_relu.cpp"
+PLAN = "csrc/cpu/plan.h"
+AUTOGRAD = "resnet_fused/autograd.py"
+FUNCTIONAL = "resnet_fused/functional.py"
+BLOCKS = "resnet_fused/blocks.py"
+
+FAULTS = [
+    Fault("forward drops NaN", KERNELS, "value <= 0 ? 0 : value", "value > 0 ? value : 0"),
+    Fault("mask passes ties", KERNELS, "return y <= 0 ? 0 : g;", "return y < 0 ? 0 : g;"),
+    Fault("mask blocks NaN", KERNELS, "return y <= 0 ? 0 : g;", "return y > 0 ? g : 0;"),
+    Fault("mask multiplies", KERNELS, "return y <= 0 ? 0 : g;", "return g * (y <= 0 ? 0 : 1);"),
+    Fault("mask not of y as stored", KERNELS, "load(store<T>(centered * scale + shift))", "centered * scale + shift"),
+    Fault("bfloat16 rounds ties away", KERNELS, "0x7fffu + (bits >> 16 & 1u)", "0x8000u"),
+    Fault("float16 overflows late", KERNELS, "0x477ff000u", "0x47800000u"),
+    Fault("float16 subnormals", KERNELS, "magnitude < 0x38800000u", "magnitude < 0x38000000u"),
+    Fault("float16 infinity read as number", KERNELS, "magnitude >= 0x0f800000u", "magnitude > 0x0f800000u"),
+    Fault("infinite origin", KERNELS, "mean - mean == 0 ? mean : 0", "mean"),
+    Fault("raw second moments", KERNELS, "mean - mean == 0 ? mean : 0", "0 * mean"),
+    Fault("last row dropped", KERNELS, "for (; row < rows; ++row)", "for (; row + 1 < rows; ++row)"),
+    Fault("narrow row dropped", KERNELS, "if (rest > 0)", "if (rest > 1)"),
+    Fault("sign of the projection", KERNELS, "- offset[k] - centered * slope[k]", "- offset[k] + centered * slope[k]"),
+    Fault("sign of the mean gradient", KERNELS, "g = g - offset[k]", "g = g + offset[k]"),
+    Fault("residual not added", KERNELS, "if (kResidual) value += load(r[k]);", ""),
+    Fault("chunks depend on threads", PLAN, "chunk_outer = kChunkRows * plan", "chunk_outer = (kChunkRows - threads) * plan"),
+    Fault("chunk end", PLAN, "inner_end < inner ? inner_end : inner", "inner_end < inner ? inner_end - 1 : inner"),
+    Fault("biased running variance", GLUE, "total.m2 / (n - 1)", "total.m2 / n"),
+    Fault("unbiased normalisation", GLUE, "set_channel(c, total.mean, total.m2 / n)", "set_channel(c, total.mean, total.m2 / (n - 1))"),
+    Fault("momentum the wrong way round", GLUE, "(1 - factor) * running_means[c]", "factor * running_means[c]"),
+    Fault("stale running variance", GLUE, "(1 - factor) * running_vars[c]", "(1 - factor)"),
+    Fault("cumulative average off by one", GLUE, "1 / static_cast<double>(*counter)", "1 / static_cast<double>(*counter + 1)"),
+    Fault("eval counts", GLUE, "if (training && counter != nullptr)", "if (counter != nullptr)"),
+    Fault("input bias subtracted in eval", GLUE, "running_means[c] - dropped_bias[c]", "running_means[c] + dropped_bias[c]"),
+    Fault("input bias not in running mean", GLUE, "(total.mean + dropped_bias[c])", "total.mean"),
+    Fault("chunks' means not joined", GLUE, "next.m2 + delta * delta * (count * next_count / sum)", "next.m2"),
+    Fault("rounded mean in forward", GLUE, "bias - dropped * scaled", "bias"),
+    Fault("rounded mean in backward", GLUE, "dot -= dropped * sum;", ""),
+    Fault("frozen statistics treated as the batch's", GLUE, "training ? slopes.data() : nullptr", "slopes.data()"),
+    Fault("ambiguous layout", GLUE, "if (d == 0 && smallest == tensor.stride(1)) return false;", ""),
+    Fault("weight left out of the scale", GLUE, "rounded(invstd * weight, type)", "rounded(invstd, type)"),
+    Fault("eps added to the deviation", GLUE, "1 / std::sqrt(variance + eps)", "1 / (std::sqrt(variance) + eps)"),
+    Fault("no gradient for a dropped bias", AUTOGRAD, "return torch.zeros_like(input_bias)", "return None"),
+    Fault("dropped bias's gradient unscaled", AUTOGRAD, "(grad_bias * scale).to", "grad_bias.to"),
+    Fault("double backward takes statistics as constants", AUTOGRAD, "correction=0)\n", "correction=0)\n        mean = mean.detach()\n"),
+    Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()"),
+    Fault("eps 0 in training", FUNCTIONAL, "if not eps > 0:", "if not eps >= 0:"),
+    Fault("one value per channel", FUNCTIONAL, "input.numel() == channels", "input.numel() < channels"),
+    Fault("half vectors for float32", FUNCTIONAL, "tensor.dtype == torch.float32 and input.dtype in _HALF_TYPES", "tensor.dtype != torch.float64"),
+    Fault("other devices", FUNCTIONAL, "if tensor.device != input.device:", "if False:"),
+    Fault("untracked batch norm counts", BLOCKS, "bn.num_batches_tracked if tracks else None", "bn.num_batches_tracked"),
+    Fault("untracked batch norm updates", BLOCKS, "uses_running = not bn.training or bn.track_running_stats", "uses_running = True"),
+    Fault("conv3's bias lost", BLOCKS, 'arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)', ""),
+    Fault("hooks bypassed", BLOCKS, "and not layer._forward_hooks", ""),
+    Fault("subclass bypassed", BLOCKS, "type(layer) is layer_class", "isinstance(layer, layer_class)"),
+    Fault("fuse ignores the forward", "resnet_fused/convert.py", "or _reason_of_forward(module)", ""),
+    Fault("backend forgotten", "resnet_fused/backend.py", "        _chosen = previous", "        pass"),
+    Fault("fake strides", "resnet_fused/ops.py", "memory_format=suggest_memory_format(input)", "memory_format=torch.contiguous_format"),
+]  # fmt: skip
+
+# The quickest to notice come first.
+TESTS = ["ops", "edges", "gradients", "backend", "blocks", "properties", "convert", "resnet", "compile", "ddp"]
+
+
+def _run(command, cwd, **environment):
+    environment = {**os.environ, "PYTHONPATH": str(cwd), **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def _build(copy):
+    done = _run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], copy)
+    if done.returncode != 0:
+        sys.exit(f"the copy does not build:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+
+
+def _first_failure(copy):
+    """The name of a test that fails in the copy, or None."""
+    files = [f"tests/test_{name}.py" for name in TESTS]
+    options = ["-x", "-q", "-m", "not slow", "-n", "2", "-p", "no:cacheprovider"]
+    done = _run([sys.executable, "-m", "pytest", *options, *files], copy)
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or "crashed" in line]
+    return failed[0][:150] if failed else f"pytest exited with {done.returncode}"
+
+
+def _failure_caused_by(fault, copy):
+    """Plant the fault, run the suite, take the fault out again."""
+    file = copy / fault.file
+    original = file.read_text()
+    if original.count(fault.find) != 1:
+        sys.exit(f"{fault.name}: {fault.find!r} occurs {original.count(fault.find)} times in {fault.file}, not once")
+    try:
+        file.write_text(original.replace(fault.find, fault.replace))
+        _build(copy)
+        return _first_failure(copy)
+    finally:
+        file.write_text(original)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant, all by default")
+    names = parser.parse_args().names
+    if unknown := set(names) - {fault.name for fault in FAULTS}:
+        sys.exit(f"no such faults: {', '.join(sorted(unknown))}")
+    faults = [fault for fault in FAULTS if not names or fault.name in names]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "resnet_fused"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "results"))
+        _build(copy)
+        if failure := _first_failure(copy):
+            sys.exit(f"the suite fails without a fault: {failure}")
+        for fault in tqdm(faults, unit="fault"):
+            start = time.monotonic()
+            failure = _failure_caused_by(fault, copy)
+            tqdm.write(f"{fault.name}: {failure or 'SURVIVED'} ({time.monotonic() - start:.0f} s)")
+            if failure is None:
+                survivors.append(fault.name)
+    print(f"{len(faults) - len(survivors)} of {len(faults)} faults caught")
+    if survivors:
+        sys.exit(f"survived: {', '.join(survivors)}")
+
+
+if __name__ == "__main__":
+    main()
