@@ -131,7 +131,9 @@ def test_the_module_says_what_there_is():
 
 
 def test_without_the_extension_it_imports_and_says_why():
-    code = "import sys; sys.modules['resnet_fused._C'] = None; from resnet_fused import __main__ as m; print(m.report())"
+    code = (
+        "import sys; sys.modules['resnet_fused._C'] = None; from resnet_fused import __main__ as m; print(m.report())"
+    )
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
     assert "not available: the C++ extension resnet_fused._C does not load" in done.stdout

@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -60,9 +60,10 @@ def _pair(device, structure="conv3", change=None, dtype=torch.float64, layout="c
 
 def _problem(block, layout="contiguous", size=7):
     """(X, the output's gradient), for the block."""
-    weight, stride = block.conv1.weight, block.conv1.stride[0]
-    shapes = (6, weight.shape[1], size, size), (6, weight.shape[0], *2 * [-(-size // stride)])
-    return tuple(in_layout(torch.randn(shape, device=weight.device).to(weight.dtype), layout) for shape in shapes)
+    conv, like = block.conv1, next(block.parameters())
+    x = torch.randn(6, conv.in_channels, size, size)
+    grad_output = torch.randn(6, conv.out_channels, *2 * [-(-size // conv.stride[0])])
+    return tuple(in_layout(tensor.to(like), layout) for tensor in (x, grad_output))
 
 
 def _run(block, x, grad_output, x_needs_grad=True, call=None):
@@ -257,9 +258,8 @@ def a_forward_on_each_instance(block):
 
 
 def layers_of_other_kinds(block):
-    block.conv1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
-    block.bn1 = nn.GroupNorm(2, 8)
-    block.bn2 = nn.Identity()
+    block.conv2 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
+    block.bn1, block.bn2 = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8)
     block.conv3 = nn.AvgPool2d(3, 1, 1)
 
 
@@ -338,51 +338,63 @@ def test_an_input_that_is_not_4d_is_refused_by_name(device, shape):
     assert fused.bn1.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_an_input_that_cannot_be_added_to_the_output_is_refused(device, hooked):
+    for block in _pair(device, change=lambda block: setattr(block, "conv3", None)):
+        block.conv1.stride = (7, 7)  # (6, 8, 1, 1) += (6, 8, 7, 7)
+        if hooked:
+            block.bn2.register_forward_hook(lambda layer, args, output: None)
+        with pytest.raises((RuntimeError, ValueError), match="shape"):
+            block(_problem(block)[0])
+
+
 # Half precision: no further from float64 than the plain block
 
 
-def _error(results, expected, name):
-    return (results[name].double() - expected[name]).square().mean().sqrt().item()
+def _clip_whole_channels(bn):
+    """So that no ReLU lies so near to 0 that rounding switches it: a few of those would decide the errors."""
+    bn.weight.data.clamp_(-1, 1)
+    bn.bias.data.copy_(10 * (-1.0) ** torch.arange(len(bn.bias)))
 
 
-def _assert_no_worse(plain, fused, problem, call=lambda block: block):
-    """Root mean square errors against float64; values are those that the block sees, dtypes the plain block's."""
-    reference = _run(copy.deepcopy(plain).double(), *(tensor.double() for tensor in problem))
-    expected, actual = _run(plain, *problem, call=call(plain)), _run(fused, *problem, call=call(fused))
+def _assert_no_worse(plain, fused, layout, half, call=lambda block: block):
+    for block in (plain, fused):
+        _clip_whole_channels(block.bn1), _clip_whole_channels(block.bn2)
+    x, grad_output = _problem(plain, layout, size=14)
+    reference = _run(copy.deepcopy(plain).double(), x.double(), grad_output.double())
+    expected, actual = (_run(block, x, grad_output.to(half), call=call(block)) for block in (plain, fused))
+    assert torch.equal(expected["output"] > 0, reference["output"] > 0)
+
+    def error(results, name):
+        return (results[name].double() - reference[name]).square().mean().sqrt()
+
     for name, value in actual.items():
         assert value.dtype == expected[name].dtype, name
-        if name in ("grad conv1.bias", "grad conv2.bias") and plain.training:
-            assert not value.any()  # exactly 0, and so no worse
+        if plain.training and name in ("grad conv1.bias", "grad conv2.bias"):
+            assert not value.any()  # exactly 0
         elif value.is_floating_point():
-            rounding = torch.finfo(value.dtype).eps * reference[name].square().mean().sqrt().item()
-            assert _error(actual, reference, name) <= 1.3 * _error(expected, reference, name) + rounding, name
+            # A channel's sum, unlike a mean over many values, may by chance be nearly exact in the plain block.
+            times, rounding = (3, half) if value.dim() == 1 else (1.3, value.dtype)
+            allowed = times * error(expected, name) + torch.finfo(rounding).eps * reference[name].square().mean().sqrt()
+            assert error(actual, name) <= allowed, name
 
 
 @pytest.mark.parametrize("structure", ["identity", "conv3-strides=2"])
 def test_under_autocast_it_is_as_exact_as_the_plain_block(device, layout, training, structure):
     def under_autocast(block):
-        def call(x):
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                return block(x)
+        return torch.autocast(torch.device(device).type, torch.bfloat16)(block.__call__)
 
-        return call
-
-    plain, fused = _pair(device, structure, dtype=torch.float32, layout=layout, training=training)
-    x, grad_output = _problem(plain, layout)
-    _assert_no_worse(plain, fused, (x, grad_output.bfloat16()), under_autocast)
-
-
-def float32_batch_norms(block):
-    block.bn1.float()
-    block.bn2.float()
+    blocks = _pair(device, structure, dtype=torch.float32, layout=layout, training=training)
+    _assert_no_worse(*blocks, layout, torch.bfloat16, under_autocast)
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("cast", [lambda block: None, float32_batch_norms], ids=["all-half", "float32-batch-norms"])
-def test_a_half_block_is_as_exact_as_the_plain_one(device, layout, training, half, cast):
-    plain, fused = _pair(device, dtype=half, layout=layout, training=training)
-    cast(plain), cast(fused)
-    _assert_no_worse(plain, fused, _problem(plain, layout))
+@pytest.mark.parametrize("batch_norm_dtype", [None, torch.float32], ids=["all-half", "float32-batch-norms"])
+def test_a_half_block_is_as_exact_as_the_plain_one(device, layout, training, half, batch_norm_dtype):
+    blocks = _pair(device, dtype=half, layout=layout, training=training)
+    for block in blocks:
+        block.bn1.to(batch_norm_dtype), block.bn2.to(batch_norm_dtype)
+    _assert_no_worse(*blocks, layout, half)
 
 
 # Copies
@@ -459,17 +471,104 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "hook"),
+    [(layer, hook) for layer in LAYERS for hook in HOOKS if (layer, hook[:4]) != ("bn2", "full")],
+)
 def test_a_hook_on_a_layer_sees_what_the_plain_blocks_sees_and_changes_nothing(device, training, layer, hook):
-    if layer == "bn2" and hook == "full_backward":
-        pytest.skip("PyTorch refuses `Y += X` after such a hook, in the plain block, too: tested below")
     seen = [], []
     blocks = _pair(device, training=training)
-    unhooked = copy.deepcopy(blocks[1])
     for block, calls in zip(blocks, seen, strict=True):
         HOOKS[hook](getattr(block, layer), lambda *tensors, calls=calls: calls.append(_values(tensors)))
-    results = _assert_equal_blocks(*blocks)
-    assert len(seen[0]) == len(seen[1]) == 1
-    for actual, expected in zip(seen[1][0], seen[0][0], strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    _assert_equal_blocks(*blocks)
+    ((expected,), (actual,)) = seen
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("hook", ["full_backward_pre", "full_backward"])
+def test_a_backward_hook_on_bn2_works_where_the_plain_block_fails(device, training, hook):
+    """`Y += X` writes into what such a hook has wrapped, which autograd forbids; the fused block adds out of place."""
+    plain, fused = _pair(device, training=training)
+    calls = []
+    HOOKS[hook](fused.bn2, lambda *tensors: calls.append(tensors))
+    _assert_equal_blocks(plain, fused)
+    assert len(calls) == 1
+
+
+def test_a_hook_may_change_what_a_layer_returns(device, training):
+    blocks = _pair(device, training=training)
+    for block in blocks:
+        for layer in LAYERS:
+            getattr(block, layer).register_forward_hook(lambda layer, args, output: 1.5 * output)
+    _assert_equal_blocks(*blocks)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_global_hook_sees_every_layer(device, removed):
+    """And, once it is removed, the block runs fused again."""
+    calls = [], []
+    for block, names in zip(_pair(device), calls, strict=True):
+        handle = register_module_forward_hook(lambda layer, args, output, names=names: names.append(type(layer)))
+        if removed:
+            handle.remove()
+        block(_problem(block)[0])
+        handle.remove()
+    plain, fused = calls
+    assert fused[:-1] == plain[:-1]  # the last is the block itself
+    assert len(fused) == (0 if removed else 6)
+
+
+# More than one call
+
+
+def test_two_calls_before_one_backward_keep_their_own_statistics(device):
+    plain, fused = _pair(device)
+    (x, grad_output), (other, _) = _problem(plain), _problem(plain)
+    expected, actual = (_run(b, x, grad_output, call=lambda x, b=b: b(x) * b(x - other)) for b in (plain, fused))
+    _assert_equal(actual, expected)
+    assert actual["bn1.num_batches_tracked"] == 5
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_recomputes_and_counts_as_the_plain_block(device, use_reentrant):
+    plain, fused = _pair(device)
+    problem = _problem(plain)
+    expected, actual = (
+        _run(block, *problem, call=lambda x, block=block: checkpoint(block, x, use_reentrant=use_reentrant))
+        for block in (plain, fused)
+    )
+    _assert_equal(actual, expected)
+    assert actual["bn1.num_batches_tracked"] == 5
+
+
+EDITS = {
+    "X": lambda block, x, y: x,
+    "output": lambda block, x, y: y,
+    "bn1.weight": lambda block, x, y: block.bn1.weight,
+    "bn2.weight": lambda block, x, y: block.bn2.weight,
+    "conv2.weight": lambda block, x, y: block.conv2.weight,
+}
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_an_in_place_edit_of_what_backward_needs_is_autograds_error(device, edited):
+    for block in _pair(device):
+        x, grad_output = _problem(block)
+        y = block(x)
+        with torch.no_grad():
+            EDITS[edited](block, x, y).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(grad_output)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_values_and_statistics_are_the_same(device, training, mode):
+    plain, fused = _pair(device, training=training)
+    x, _ = _problem(plain)
+    expected = plain(x)
+    with mode():
+        actual = fused(x)
+    assert not actual.requires_grad
+    _assert_equal(
+        {"output": actual, **dict(fused.named_buffers())}, {"output": expected, **dict(plain.named_buffers())}
+    )

@@ -199,13 +199,19 @@ def _outputs_and_gradients(x, residual, vectors):
         "add_relu": y,
         "relu": z,
         "grad_input": torch.autograd.grad(z, x, torch.ones_like(z))[0],
-        **dict(zip(("grad_x", "grad_residual"), torch.autograd.grad(y, (x, residual), torch.ones_like(y)), strict=True)),
+        **dict(
+            zip(("grad_x", "grad_residual"), torch.autograd.grad(y, (x, residual), torch.ones_like(y)), strict=True)
+        ),
     }
 
 
 @pytest.mark.parametrize("x", [pytest.param(tensor, id=name) for name, tensor in _layouts()])
 def test_fake_tensors_have_the_strides_of_real_ones(device, x):
-    tensors = x.to(device), torch.randn(x.shape, device=device), [torch.ones(x.shape[1], device=device) for _ in range(4)]
+    tensors = (
+        x.to(device),
+        torch.randn(x.shape, device=device),
+        [torch.ones(x.shape[1], device=device) for _ in range(4)],
+    )
     real = _outputs_and_gradients(*tensors)
     with FakeTensorMode() as mode:
         fake = _outputs_and_gradients(*torch.utils._pytree.tree_map(mode.from_tensor, tensors))

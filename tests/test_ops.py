@@ -14,8 +14,10 @@ SHAPES = [
     (7, 6, 1, 1),  # inner = 1 in a contiguous tensor
     (33, 63, 3, 3),  # one more image than a chunk of 32 rows, one channel less than a power of two
     (40, 65, 6, 6),  # several chunks
-    (3, 10, 33, 33),  # inner > 1024: images folded into rows, with a narrower last row
-    (2, 9, 130, 131),  # a folded image of several chunks
+    (40, 4, 8, 8),  # the shortest run of one channel; several images in a chunk
+    (3, 10, 33, 33),  # an image of one chunk
+    (2, 9, 130, 131),  # images of several chunks, of several pieces each
+    (3, 6, 600, 600),  # too large for the cache: channel by channel
     (3, 728, 5, 5),  # several blocks of channels (Xception's width)
     (2, 1100, 2, 2),  # more channels than columns: several blocks in channels_last
     (16, 48),  # (N, C)

@@ -60,8 +60,7 @@ Tensor as_format(const Tensor& tensor, MemoryFormat format) {
 // torch::stable::empty costs some 2 us of boxing a call, of a backward's 18 for four; this shim does not box.
 Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -95,8 +94,9 @@ Tensor empty_vector(int64_t size, int32_t type) {
 Plan plan_of(const Tensor& input, MemoryFormat format) {
   const int64_t batch = input.size(0), channels = input.size(1), inner = input.numel() / (batch * channels);
   const int64_t threads = torch::stable::get_num_threads();
-  if (format == MemoryFormat::Contiguous) return make_plan(batch, channels, inner, threads);
-  return make_plan(batch * inner, channels, 1, threads);
+  const int64_t size = static_cast<int64_t>(input.element_size());
+  if (format == MemoryFormat::Contiguous) return make_plan(batch, channels, inner, size, threads);
+  return make_plan(batch * inner, channels, 1, size, threads);
 }
 
 // Types
@@ -225,16 +225,19 @@ void run(const Plan& plan, const Reduce& reduce, const Finish& finish, const App
 
 void nothing(Work) {}
 
-// Three per-channel vectors of double.
-struct AffineBuffer {
+// The per-channel coefficients.
+struct CoefficientBuffer {
   std::vector<double> values;
   int64_t channels;
-  explicit AffineBuffer(int64_t channels) : values(3 * channels), channels(channels) {}
+  explicit CoefficientBuffer(int64_t channels) : values(5 * channels), channels(channels) {}
 
   double* mean() { return values.data(); }
   double* scale() { return values.data() + channels; }
   double* shift() { return values.data() + 2 * channels; }
-  Affine view() { return {mean(), scale(), shift()}; }
+  double* offset() { return values.data() + 3 * channels; }
+  double* slope() { return values.data() + 4 * channels; }
+  Coefficients forward() { return {mean(), scale(), shift(), nullptr, nullptr}; }
+  Coefficients backward() { return {mean(), scale(), shift(), offset(), slope()}; }
 
   // (input - mean) * invstd * weight + bias, with the mean rounded to the accumulation type, and what the rounding
   // dropped made up for in the shift: at mean 1e4 and std 1e-2 it is 5 % of the std.
@@ -262,20 +265,24 @@ void check_like_input(const Tensor& tensor, const char* name, const Tensor& inpu
                   name, ": expected a CPU tensor of the input's shape and type");
 }
 
-// A chunk's moments join those of the chunks before it (Chan et al.'s parallel update).
-Moments channel_moments(const Plan& plan, const Moments* partial, int64_t channel) {
-  Moments total = partial[channel];
-  double count = static_cast<double>(plan.chunk(0).count());
-  for (int64_t index = 1; index < plan.chunks; ++index) {
+struct Statistics {
+  double mean, m2;  // m2: the sum of squared deviations from the mean
+};
+
+// Joins the moments of a channel's chunks, in their order (Chan et al.'s parallel update).
+Statistics channel_statistics(const Plan& plan, const Moments* partial, int64_t channel) {
+  double mean = 0, m2 = 0, count = 0;
+  for (int64_t index = 0; index < plan.chunks; ++index) {
     const Moments& next = partial[index * plan.channels + channel];
-    const double next_count = static_cast<double>(plan.chunk(index).count()), sum = count + next_count;
-    const double delta = next.mean - total.mean;
-    total.mean += delta * (next_count / sum);
-    total.m2 += next.m2 + delta * delta * (count * next_count / sum);
-    count = sum;
+    const double next_count = static_cast<double>(plan.chunk(index).count()), total = count + next_count;
+    const double next_mean = next.origin + next.sum / next_count;
+    const double next_m2 = next.square - next.sum * next.sum / next_count;
+    const double delta = next_mean - mean;
+    mean = index == 0 ? next_mean : mean + delta * (next_count / total);
+    m2 += index == 0 ? next_m2 : next_m2 + delta * delta * (count * next_count / total);
+    count = total;
   }
-  if (total.m2 < 0) total.m2 = 0;  // rounding; NaN stays
-  return total;
+  return {mean, m2 < 0 ? 0 : m2};  // below 0 by rounding; NaN stays
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& residual,
@@ -311,11 +318,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   double* invstds = static_cast<double*>(invstd.data_ptr());
 
   if (training && counter != nullptr) ++*counter;
-  AffineBuffer affine(channels);
+  CoefficientBuffer coefficients(channels);
   const auto set_channel = [&](int64_t c, double mean_value, double variance) {
     means[c] = mean_value;
     invstds[c] = 1 / std::sqrt(variance + eps);
-    affine.set(c, means[c], invstds[c], gamma[c], beta[c], type);
+    coefficients.set(c, means[c], invstds[c], gamma[c], beta[c], type);
   };
   if (count == 0) {  // nothing to normalise: the statistics that come back are never used
     for (int64_t c = 0; c < channels; ++c) set_channel(c, 0, 1);
@@ -325,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const Plan plan = plan_of(input, format);
   const Kernels& kernel = kernels(type);
   const auto normalize = [&](Work work) {
-    kernel.normalize(plan, work, x.data_ptr(), r ? r->data_ptr() : nullptr, affine.view(), output.data_ptr());
+    kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r ? r->data_ptr() : nullptr, output.data_ptr());
   };
   if (!training) {
     const auto finish = [&](int64_t begin, int64_t end) {
@@ -341,7 +348,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const auto moments = [&](Work work) { kernel.moments(plan, work, x.data_ptr(), partial.data()); };
   const auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      const Moments total = channel_moments(plan, partial.data(), c);
+      const Statistics total = channel_statistics(plan, partial.data(), c);
       set_channel(c, total.mean, total.m2 / n);
       if (running_means) {
         running_means.set(c, factor * (total.mean + dropped_bias[c]) + (1 - factor) * running_means[c]);
@@ -373,9 +380,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const PerChannel means(mean, "mean", channels, 0), invstds(invstd, "invstd", channels, 1);
 
   const MemoryFormat format = memory_format(input);
-  const auto empty_if = [&](bool need) {
-    return need ? empty_like(input, format) : empty_vector(0, type_code(input));
-  };
+  const auto empty_if = [&](bool need) { return need ? empty_like(input, format) : empty_vector(0, type_code(input)); };
   const auto vector_if = [&](bool need, const OptionalTensor& parameter) {
     return empty_vector(need ? channels : 0, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
   };
@@ -399,17 +404,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const Plan plan = plan_of(input, format);
   const Kernels& kernel = kernels(type);
 
-  AffineBuffer affine(channels);
-  for (int64_t c = 0; c < channels; ++c) affine.set(c, means[c], invstds[c], gamma[c], beta[c], type);
-  const GradientSource source{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr, nullptr, affine.view()};
+  CoefficientBuffer coefficients(channels);
+  for (int64_t c = 0; c < channels; ++c) coefficients.set(c, means[c], invstds[c], gamma[c], beta[c], type);
+  const GradientSource source{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr, nullptr};
   GradientSource second_pass = source;  // finds the gradient masked, where the first pass had to write it anyway
   if (needed.residual) second_pass.masked = grad_residual.data_ptr();
 
   const double n = static_cast<double>(count);
   std::vector<GradientSums> partial(plan.chunks * channels);
-  std::vector<double> offsets(channels), slopes(channels);
   const auto sums = [&](Work work) {
-    kernel.gradient_sums(plan, work, source, needed.residual ? grad_residual.data_ptr() : nullptr, partial.data());
+    kernel.gradient_sums(plan, work, coefficients.forward(), source,
+                         needed.residual ? grad_residual.data_ptr() : nullptr, partial.data());
   };
   const auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -418,17 +423,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
         sum += partial[index * channels + c].sum;
         dot += partial[index * channels + c].dot;
       }
-      const double dropped = means[c] - affine.mean()[c];  // by the rounding of the mean, see AffineBuffer
+      const double dropped = means[c] - coefficients.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
       dot -= dropped * sum;
-      slopes[c] = dot * invstds[c] * invstds[c] / n;
-      offsets[c] = sum / n - dropped * slopes[c];
+      const double slope = dot * invstds[c] * invstds[c] / n;
+      coefficients.slope()[c] = slope;
+      coefficients.offset()[c] = sum / n - dropped * slope;
       if (grad_gamma) grad_gamma.set(c, dot * invstds[c]);
       if (grad_beta) grad_beta.set(c, sum);
     }
   };
-  const BatchTerms terms{offsets.data(), training ? slopes.data() : nullptr};
+  const Coefficients of_input = training ? coefficients.backward() : coefficients.forward();
   const auto apply = [&](Work work) {
-    if (needed.input) kernel.grad_input(plan, work, second_pass, terms, grad_input.data_ptr());
+    if (needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad_input.data_ptr());
   };
   if (needed.residual || needed.weight || needed.bias || training) {
     run(plan, sums, finish, apply);

@@ -7,33 +7,28 @@ namespace resnet_fused {
 
 enum class ElementType { float32, float64, bfloat16, float16 };
 
-// A channel's mean and sum of squared deviations from it over one chunk.
+// Of one channel over one chunk: sums of deviations from an origin near the mean, and of their squares.
 struct Moments {
-  double mean, m2;
+  double origin, sum, square;
 };
 
-// A channel's sums over one chunk of the masked gradient g: sum(g) and sum(g * (input - mean)).
+// Of one channel over one chunk: sums of the masked gradient g, and of g * (input - mean).
 struct GradientSums {
   double sum, dot;
 };
 
-// Per channel, (C,). The forward is relu((input - mean) * scale + shift + residual). Every value is representable in
-// the accumulation type, so that forward and backward compute the same bits.
-struct Affine {
+// Per channel, (C,), each value representable in the accumulation type, so that both passes compute the same bits:
+//   output = relu((input - mean) * scale + shift + residual)
+//   grad_input = (g - offset - (input - mean) * slope) * scale, or, where the statistics are constants, g * scale
+struct Coefficients {
   const double *mean, *scale, *shift;
-};
-
-// What the batch statistics add to the gradient, per channel, (C,):
-// grad_input = (g - offset - (input - mean) * slope) * scale; with constant statistics, slope == nullptr, g * scale.
-struct BatchTerms {
-  const double *offset, *slope;
+  const double *offset, *slope;  // nullptr where not needed
 };
 
 // The masked gradient g is grad_output where the output is not <= 0. It is read off `masked` where that was written by
 // the first pass, else masked by `output`, else by the output as recomputed from input (no residual).
 struct GradientSource {
   const void *grad_output, *input, *output, *masked;
-  Affine affine;
 };
 
 // Chunks [chunk_begin, chunk_end) of one block.
@@ -44,9 +39,10 @@ struct Work {
 // Tensors are dense and laid out as the plan says; partial sums are [chunks, channels].
 struct Kernels {
   void (*moments)(const Plan&, Work, const void* input, Moments* partial);
-  void (*normalize)(const Plan&, Work, const void* input, const void* residual, const Affine&, void* output);
-  void (*gradient_sums)(const Plan&, Work, const GradientSource&, void* grad_residual, GradientSums* partial);
-  void (*grad_input)(const Plan&, Work, const GradientSource&, const BatchTerms&, void* grad_input);
+  void (*normalize)(const Plan&, Work, const Coefficients&, const void* input, const void* residual, void* output);
+  void (*gradient_sums)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_residual,
+                        GradientSums* partial);
+  void (*grad_input)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_input);
 };
 
 namespace baseline {

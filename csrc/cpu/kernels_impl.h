@@ -2,8 +2,7 @@
 // namespace. Everything compiled wide is in this file and includes nothing: a header's inline function compiled with
 // AVX-512 may be the copy that the linker keeps for the whole process, and then crashes CPUs without it.
 //
-// No loop carries a float sum, so the same operations run in the same order at every width, and nothing is contracted
-// to fused multiply-adds (-ffp-contract=off): all instruction sets give the same bits.
+// Nothing is contracted to fused multiply-adds (-ffp-contract=off): forward and backward must compute the same bits.
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))  // GCC vectorises no loop with a call left in it
 
@@ -76,57 +75,49 @@ ALWAYS_INLINE Float16 store<Float16>(float value) {
   return {static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
 }
 
-// Rows and columns
-// -----------------------------------------------------------------------------------------------------
+// Coefficients
+// ---------------------------------------------------------------------------------------------------------
 
-// Calls f(offset, rows, stride, width) for the rows of a chunk: those of full width, then, if any, the one that is not.
-template <typename F>
-inline void for_each_slab(const Plan& plan, int64_t block, const Plan::Chunk& chunk, F f) {
-  const auto slabs = [&](int64_t offset, int64_t length, int64_t row_length, int64_t stride, int64_t width) {
-    const int64_t rows = length / row_length, rest = length % row_length;
-    if (rows > 0) f(offset, rows, stride, width);
-    if (rest > 0) f(offset + rows * stride, int64_t{1}, stride, width / row_length * rest);
-  };
-  const int64_t outer_stride = plan.channels * plan.inner;
-  const int64_t offset = chunk.outer_begin * outer_stride + plan.block_begin(block) * plan.inner + chunk.inner_begin;
-  if (plan.row_inner < plan.inner) {  // folded
-    for (int64_t o = 0; o < chunk.outer_end - chunk.outer_begin; ++o) {
-      slabs(offset + o * outer_stride, chunk.inner_end - chunk.inner_begin, plan.row_inner, plan.row_inner,
-            plan.row_inner);
-    }
-  } else {
-    const int64_t group = plan.block_end(block) - plan.block_begin(block);
-    slabs(offset, chunk.outer_end - chunk.outer_begin, plan.row_outer, plan.row_outer * outer_stride,
-          plan.row_outer * group * plan.inner);
-  }
-}
+// One value for every element of a run, where a row has an array of columns.
+template <typename A>
+struct Constant {
+  A value;
+  A operator[](int64_t) const { return value; }
+};
 
-inline int64_t width_of(const Plan& plan, int64_t block) {
-  return plan.row_outer * (plan.block_end(block) - plan.block_begin(block)) * plan.row_inner;
-}
+// The coefficients of a run (Constant) or row (pointer), indexed alike.
+template <typename V>
+struct Values {
+  V mean, scale, shift, offset, slope;
+};
 
 template <typename A>
-inline void clear(A* values, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] = 0;
+inline Values<Constant<A>> values_of(const Coefficients& coefficients, int64_t channel) {
+  const auto value = [&](const double* v) { return Constant<A>{v != nullptr ? static_cast<A>(v[channel]) : A{0}}; };
+  return {value(coefficients.mean), value(coefficients.scale), value(coefficients.shift), value(coefficients.offset),
+          value(coefficients.slope)};
 }
 
 template <typename A>
 struct Columns {
   alignas(64) A values[kMaxWidth];
 
+  void clear(int64_t width) {
+    for (int64_t k = 0; k < width; ++k) values[k] = 0;
+  }
+
   // Each column gets its channel's value; per_channel starts at the block's first channel.
   void fill(const Plan& plan, int64_t block, const double* per_channel) {
     const int64_t group = plan.block_end(block) - plan.block_begin(block);
     A* column = values;
     for (int64_t o = 0; o < plan.row_outer; ++o) {
-      if (plan.row_inner == 1) {
+      if (plan.inner == 1) {
         for (int64_t c = 0; c < group; ++c) column[c] = static_cast<A>(per_channel[c]);
         column += group;
       } else {
-        for (int64_t c = 0; c < group; ++c) {
+        for (int64_t c = 0; c < group; ++c, column += plan.inner) {
           const A value = static_cast<A>(per_channel[c]);
-          for (int64_t k = 0; k < plan.row_inner; ++k) column[k] = value;
-          column += plan.row_inner;
+          for (int64_t k = 0; k < plan.inner; ++k) column[k] = value;
         }
       }
     }
@@ -137,146 +128,225 @@ struct Columns {
     const int64_t group = plan.block_end(block) - plan.block_begin(block);
     const A* column = values;
     for (int64_t o = 0; o < plan.row_outer; ++o) {
-      if (plan.row_inner == 1) {
+      if (plan.inner == 1) {
 #pragma omp simd
         for (int64_t c = 0; c < group; ++c) sums[c] += static_cast<double>(column[c]);
         column += group;
       } else {
-        for (int64_t c = 0; c < group; ++c) {
+        for (int64_t c = 0; c < group; ++c, column += plan.inner) {
           double sum = 0;
-          for (int64_t k = 0; k < plan.row_inner; ++k) sum += static_cast<double>(column[k]);
+          for (int64_t k = 0; k < plan.inner; ++k) sum += static_cast<double>(column[k]);
           sums[c] += sum;
-          column += plan.row_inner;
         }
       }
     }
   }
 };
 
-template <typename T>
-struct AffineColumns {
-  Columns<acc_t<T>> mean, scale, shift;
+template <typename A>
+struct CoefficientColumns {
+  Columns<A> mean, scale, shift, offset, slope;
 
-  AffineColumns(const Plan& plan, int64_t block, const Affine& affine) {
+  CoefficientColumns(const Plan& plan, int64_t block, const Coefficients& coefficients) {
     const int64_t first = plan.block_begin(block);
-    mean.fill(plan, block, affine.mean + first);
-    scale.fill(plan, block, affine.scale + first);
-    shift.fill(plan, block, affine.shift + first);
+    mean.fill(plan, block, coefficients.mean + first);
+    scale.fill(plan, block, coefficients.scale + first);
+    shift.fill(plan, block, coefficients.shift + first);
+    if (coefficients.slope == nullptr) return;
+    offset.fill(plan, block, coefficients.offset + first);
+    slope.fill(plan, block, coefficients.slope + first);
   }
+  Values<const A*> values() const { return {mean.values, scale.values, shift.values, offset.values, slope.values}; }
 };
 
-// Runs body(first_row, std::integral_constant) over rows: kRows at a time, which saves loads and stores of the column
-// arrays, then one at a time.
-constexpr int kRows = 4;
-template <int n>
-struct Rows {
-  static constexpr int value = n;
-};
-template <int kAtOnce = kRows, typename F>
-inline void for_each_rows(int64_t rows, F body) {
-  int64_t row = 0;
-  for (; row + kAtOnce <= rows; row += kAtOnce) body(row, Rows<kAtOnce>{});
-  for (; row < rows; ++row) body(row, Rows<1>{});
+// Walks
+// ----------------------------------------------------------------------------------------------------------------
+
+// Calls f(channel, at, length) for each run of a chunk, in the order of memory.
+template <typename F>
+inline void for_each_run(const Plan& plan, int64_t block, const Plan::Chunk& chunk, F f) {
+  for (int64_t o = chunk.outer_begin; o < chunk.outer_end; ++o) {
+    for (int64_t c = plan.block_begin(block); c < plan.block_end(block); ++c) {
+      f(c, plan.offset(o, c, chunk.inner_begin), chunk.run());
+    }
+  }
+}
+
+// Calls f(at, rows, stride, width) for the rows of a chunk: those of full width, then, if any, the one that is not.
+template <typename F>
+inline void for_each_slab(const Plan& plan, int64_t block, const Plan::Chunk& chunk, F f) {
+  const int64_t length = chunk.outer_end - chunk.outer_begin;
+  const int64_t rows = length / plan.row_outer, rest = length % plan.row_outer;
+  const int64_t stride = plan.row_outer * plan.channels * plan.inner;
+  const int64_t entry = (plan.block_end(block) - plan.block_begin(block)) * plan.inner;
+  const int64_t at = plan.offset(chunk.outer_begin, plan.block_begin(block), 0);
+  if (rows > 0) f(at, rows, stride, plan.row_outer * entry);
+  if (rest > 0) f(at + rows * stride, int64_t{1}, stride, rest * entry);
+}
+
+// Calls f(at, length, values) for each run or row of the work, chunks in reverse: the last one read is still cached.
+template <typename T, typename F>
+inline void for_each_row(const Plan& plan, Work work, const Coefficients& coefficients, F f) {
+  if (plan.runs) {
+    for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
+      for_each_run(plan, work.block, plan.chunk(index), [&](int64_t channel, int64_t at, int64_t length) {
+        f(at, length, values_of<acc_t<T>>(coefficients, channel));
+      });
+    }
+  } else {
+    const CoefficientColumns<acc_t<T>> columns(plan, work.block, coefficients);
+    for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
+      for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
+        for (int64_t row = 0; row < rows; ++row) f(at + row * stride, width, columns.values());
+      });
+    }
+  }
+}
+
+// Calls f(at, length) for the pieces of a run whose sums may be kept in the accumulation type.
+template <typename F>
+inline void for_each_piece(int64_t at, int64_t length, F f) {
+  constexpr int64_t kPiece = 2048;
+  for (int64_t begin = 0; begin < length; begin += kPiece) {
+    f(at + begin, length - begin < kPiece ? length - begin : kPiece);
+  }
 }
 
 // Forward
 // --------------------------------------------------------------------------------------------------------------
 
+// Deviations are from an origin near the mean: sum(x^2) - sum(x)^2 / n on raw values would lose everything at mean 1e4,
+// std 1e-2. The origin is the mean of 1/32 of the chunk or more; the mean of a part p of the values is at most
+// std * sqrt((1 - p) / p) off, so that even adversarial data cost at most 5 bits.
+template <typename A>
+inline A origin_of(double sum, int64_t count) {
+  const A mean = static_cast<A>(sum / static_cast<double>(count));
+  return mean - mean == 0 ? mean : 0;  // an infinite origin would turn infinities into NaNs
+}
+
 template <typename T>
-void add_moments(const T* input, int64_t rows, int64_t stride, int64_t width, const acc_t<T>* origin, acc_t<T>* sums,
-                 acc_t<T>* squares) {
-  for_each_rows(rows, [&](int64_t row, auto n) {
-    const T* x = input + row * stride;
-#pragma omp simd
-    for (int64_t k = 0; k < width; ++k) {
-      acc_t<T> sum = 0, square = 0;
-#pragma GCC unroll 4
-      for (int r = 0; r < n.value; ++r) {
-        const acc_t<T> deviation = load(x[r * stride + k]) - origin[k];
+void moments_of_runs(const Plan& plan, int64_t block, const Plan::Chunk& chunk, const T* input, Moments* result) {
+  using A = acc_t<T>;
+  const int64_t least = (chunk.count() + 31) / 32 > 16 ? (chunk.count() + 31) / 32 : 16;
+  const int64_t sampled = least < chunk.run() ? least : chunk.run();
+  int64_t started = plan.block_begin(block);  // channels whose first run was met
+  for_each_run(plan, block, chunk, [&](int64_t channel, int64_t at, int64_t length) {
+    Moments& moments = result[channel];
+    if (channel == started && started < plan.block_end(block)) {
+      A sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t k = 0; k < sampled; ++k) sum += load(input[at + k]);
+      moments = {origin_of<A>(sum, sampled), 0, 0};
+      ++started;
+    }
+    const A origin = static_cast<A>(moments.origin);
+    for_each_piece(at, length, [&](int64_t begin, int64_t count) {
+      const T* x = input + begin;
+      A sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int64_t k = 0; k < count; ++k) {
+        const A deviation = load(x[k]) - origin;
         sum += deviation;
         square += deviation * deviation;
       }
-      sums[k] += sum;
-      squares[k] += square;
-    }
+      moments.sum += sum;
+      moments.square += square;
+    });
   });
 }
 
-// Sums of deviations, and of their squares, from an origin near the mean: sum(x^2) - sum(x)^2 / n on raw values would
-// lose everything at mean 1e4, std 1e-2. The origin is the mean of the chunk's first row, 1/32 of it or more; the mean
-// of a part p of the values is at most std * sqrt((1 - p) / p) off, so that even adversarial data cost at most 5 bits.
-template <typename T>
-void moments(const Plan& plan, Work work, const void* input, Moments* partial) {
-  const T* x = static_cast<const T*>(input);
-  const int64_t first = plan.block_begin(work.block), group = plan.block_end(work.block) - first;
-  const int64_t width = width_of(plan, work.block);
-  Columns<acc_t<T>> origin, sums, squares;
-  double origins[kMaxWidth], channel_sums[kMaxWidth], channel_squares[kMaxWidth];
-  for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
-    const Plan::Chunk chunk = plan.chunk(index);
-    int64_t sampled = 0;  // values per channel in the chunk's first row
-    clear(sums.values, width);
-    for_each_slab(plan, work.block, chunk, [&](int64_t at, int64_t, int64_t, int64_t slab_width) {
-      if (sampled > 0) return;
-      sampled = slab_width / group;
-      for (int64_t k = 0; k < slab_width; ++k) sums.values[k] = load(x[at + k]);
-    });
-    clear(origins, group);
-    sums.add_to(plan, work.block, origins);
-    for (int64_t c = 0; c < group; ++c) {
-      const acc_t<T> mean = static_cast<acc_t<T>>(origins[c] / static_cast<double>(sampled));
-      origins[c] = mean - mean == 0 ? mean : 0;  // an infinite origin would turn infinities into NaNs
-    }
-    origin.fill(plan, work.block, origins);
-
-    clear(sums.values, width), clear(squares.values, width);
-    for_each_slab(plan, work.block, chunk, [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
-      add_moments(x + at, rows, stride, slab_width, origin.values, sums.values, squares.values);
-    });
-    clear(channel_sums, group), clear(channel_squares, group);
-    sums.add_to(plan, work.block, channel_sums);
-    squares.add_to(plan, work.block, channel_squares);
-    const double count = static_cast<double>(chunk.count());
-    Moments* result = partial + index * plan.channels + first;
-    for (int64_t c = 0; c < group; ++c) {
-      result[c] = {origins[c] + channel_sums[c] / count,
-                   channel_squares[c] - channel_sums[c] * channel_sums[c] / count};
-    }
-  }
+// Four rows at a time, which saves three in four loads and stores of the column arrays, then one at a time.
+template <int n>
+struct Rows {
+  static constexpr int value = n;
+};
+template <typename F>
+inline void for_each_rows(int64_t rows, F body) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) body(row, Rows<4>{});
+  for (; row < rows; ++row) body(row, Rows<1>{});
 }
 
-template <typename T, bool kResidual>
-void normalize_rows(const T* input, const T* residual, int64_t rows, int64_t stride, int64_t width,
-                    const AffineColumns<T>& columns, T* output) {
-  const acc_t<T>*mean = columns.mean.values, *scale = columns.scale.values, *shift = columns.shift.values;
-  for (int64_t row = 0; row < rows; ++row) {
-    const T *x = input + row * stride, *r = kResidual ? residual + row * stride : x;
-    T* y = output + row * stride;
+template <typename T>
+void moments_of_rows(const Plan& plan, int64_t block, const Plan::Chunk& chunk, const T* input, Moments* result) {
+  using A = acc_t<T>;
+  const int64_t first = plan.block_begin(block), group = plan.block_end(block) - first;
+  Columns<A> origin, sums, squares;
+  double channel_sums[kMaxWidth], channel_squares[kMaxWidth];
+  const auto clear = [&](int64_t width) {
+    sums.clear(width), squares.clear(width);
+    for (int64_t c = 0; c < group; ++c) channel_sums[c] = channel_squares[c] = 0;
+  };
+  const int64_t width = plan.row_outer * group * plan.inner;
+
+  clear(width);
+  int64_t sampled = 0;  // the first row
+  for_each_slab(plan, block, chunk, [&](int64_t at, int64_t, int64_t, int64_t slab_width) {
+    if (sampled > 0) return;
+    sampled = slab_width / group;
+    for (int64_t k = 0; k < slab_width; ++k) sums.values[k] = load(input[at + k]);
+  });
+  sums.add_to(plan, block, channel_sums);
+  for (int64_t c = 0; c < group; ++c)
+    channel_sums[c] = result[first + c].origin = origin_of<A>(channel_sums[c], sampled);
+  origin.fill(plan, block, channel_sums);
+
+  clear(width);
+  for_each_slab(plan, block, chunk, [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
+    for_each_rows(rows, [&](int64_t row, auto n) {
+      const T* x = input + at + row * stride;
 #pragma omp simd
-    for (int64_t k = 0; k < width; ++k) {
-      acc_t<T> value = (load(x[k]) - mean[k]) * scale[k] + shift[k];
-      if (kResidual) value += load(r[k]);
-      y[k] = store<T>(value <= 0 ? 0 : value);  // NaN passes
-    }
-  }
-}
-
-template <typename T>
-void normalize(const Plan& plan, Work work, const void* input, const void* residual, const Affine& affine,
-               void* output) {
-  const AffineColumns<T> columns(plan, work.block, affine);
-  const T *x = static_cast<const T*>(input), *r = static_cast<const T*>(residual);
-  T* y = static_cast<T*>(output);
-  for (int64_t index = work.chunk_end;
-       index-- > work.chunk_begin;) {  // in reverse: the last chunk read is still cached
-    for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
-      if (r != nullptr) {
-        normalize_rows<T, true>(x + at, r + at, rows, stride, width, columns, y + at);
-      } else {
-        normalize_rows<T, false>(x + at, nullptr, rows, stride, width, columns, y + at);
+      for (int64_t k = 0; k < slab_width; ++k) {
+        A sum = 0, square = 0;
+#pragma GCC unroll 4
+        for (int r = 0; r < n.value; ++r) {
+          const A deviation = load(x[r * stride + k]) - origin.values[k];
+          sum += deviation;
+          square += deviation * deviation;
+        }
+        sums.values[k] += sum;
+        squares.values[k] += square;
       }
     });
+  });
+  sums.add_to(plan, block, channel_sums);
+  squares.add_to(plan, block, channel_squares);
+  for (int64_t c = 0; c < group; ++c) {
+    result[first + c].sum = channel_sums[c];
+    result[first + c].square = channel_squares[c];
   }
+}
+
+template <typename T>
+void moments(const Plan& plan, Work work, const void* input, Moments* partial) {
+  const auto of_chunk = plan.runs ? moments_of_runs<T> : moments_of_rows<T>;
+  for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
+    of_chunk(plan, work.block, plan.chunk(index), static_cast<const T*>(input), partial + index * plan.channels);
+  }
+}
+
+template <typename T, bool kResidual, typename V>
+void normalize_row(int64_t length, V values, const T* input, const T* residual, T* output) {
+#pragma omp simd
+  for (int64_t k = 0; k < length; ++k) {
+    acc_t<T> value = (load(input[k]) - values.mean[k]) * values.scale[k] + values.shift[k];
+    if (kResidual) value += load(residual[k]);
+    output[k] = store<T>(0 > value ? 0 : value);  // NaN passes
+  }
+}
+
+template <typename T>
+void normalize(const Plan& plan, Work work, const Coefficients& coefficients, const void* input, const void* residual,
+               void* output) {
+  const T *x = static_cast<const T*>(input), *r = static_cast<const T*>(residual);
+  T* y = static_cast<T*>(output);
+  for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, auto values) {
+    if (r != nullptr) {
+      normalize_row<T, true>(length, values, x + at, r + at, y + at);
+    } else {
+      normalize_row<T, false>(length, values, x + at, r, y + at);
+    }
+  });
 }
 
 // Backward
@@ -284,75 +354,12 @@ void normalize(const Plan& plan, Work work, const void* input, const void* resid
 
 enum class Mask { output, input, none };
 
-// One element's masked gradient: a select, not a product, so that a NaN gradient where the output is <= 0 gives 0.
-template <typename T, Mask kMask>
-ALWAYS_INLINE acc_t<T> masked_gradient(T grad_output, T output, acc_t<T> centered, acc_t<T> scale, acc_t<T> shift) {
-  const acc_t<T> g = load(grad_output);
-  if (kMask == Mask::none) return g;
-  const acc_t<T> y = kMask == Mask::output ? load(output) : load(store<T>(centered * scale + shift));
-  return y <= 0 ? 0 : g;
-}
-
-// The pointers of one slab; with Mask::none, grad_output is masked already.
-template <typename T>
-struct Slab {
-  const T *grad_output, *input, *output;
-
-  Slab(const GradientSource& source, int64_t at)
-      : grad_output(static_cast<const T*>(source.masked != nullptr ? source.masked : source.grad_output) + at),
-        input(static_cast<const T*>(source.input) + at),
-        output(source.output != nullptr ? static_cast<const T*>(source.output) + at : nullptr) {}
-};
-
-template <typename T, Mask kMask, bool kStore>
-void add_gradients(const Slab<T>& slab, int64_t rows, int64_t stride, int64_t width, const AffineColumns<T>& columns,
-                   T* grad_residual, acc_t<T>* sums, acc_t<T>* dots) {
-  const acc_t<T>*mean = columns.mean.values, *scale = columns.scale.values, *shift = columns.shift.values;
-  for_each_rows<kStore ? 1 : kRows>(rows, [&](int64_t row, auto n) {
-    const T *dy = slab.grad_output + row * stride, *x = slab.input + row * stride;
-    const T* y = kMask == Mask::output ? slab.output + row * stride : dy;
-    T* g_out = grad_residual + (kStore ? row * stride : 0);
-#pragma omp simd
-    for (int64_t k = 0; k < width; ++k) {
-      acc_t<T> sum = 0, dot = 0;
-#pragma GCC unroll 4
-      for (int r = 0; r < n.value; ++r) {
-        const int64_t i = r * stride + k;
-        const acc_t<T> centered = load(x[i]) - mean[k];
-        const acc_t<T> g = masked_gradient<T, kMask>(dy[i], y[i], centered, scale[k], shift[k]);
-        if (kStore) g_out[i] = store<T>(g);
-        sum += g;
-        dot += g * centered;
-      }
-      sums[k] += sum;
-      dots[k] += dot;
-    }
-  });
-}
-
-template <typename T, Mask kMask, bool kFrozen>
-void grad_input_rows(const Slab<T>& slab, int64_t rows, int64_t stride, int64_t width, const AffineColumns<T>& columns,
-                     const acc_t<T>* offset, const acc_t<T>* slope, T* grad_input) {
-  const acc_t<T>*mean = columns.mean.values, *scale = columns.scale.values, *shift = columns.shift.values;
-  for (int64_t row = 0; row < rows; ++row) {
-    const T *dy = slab.grad_output + row * stride, *x = slab.input + row * stride;
-    const T* y = kMask == Mask::output ? slab.output + row * stride : dy;
-    T* dx = grad_input + row * stride;
-#pragma omp simd
-    for (int64_t k = 0; k < width; ++k) {
-      const acc_t<T> centered = load(x[k]) - mean[k];
-      acc_t<T> g = masked_gradient<T, kMask>(dy[k], y[k], centered, scale[k], shift[k]);
-      if (!kFrozen) g = g - offset[k] - centered * slope[k];
-      dx[k] = store<T>(g * scale[k]);
-    }
-  }
-}
-
-// Calls f(Mask constant) with the mask that the source's tensors ask for.
 template <Mask kMask>
 struct MaskConstant {
   static constexpr Mask value = kMask;
 };
+
+// Calls f(MaskConstant) with the mask that the source's tensors ask for.
 template <typename F>
 inline void with_mask(const GradientSource& source, F f) {
   if (source.masked != nullptr) {
@@ -364,30 +371,92 @@ inline void with_mask(const GradientSource& source, F f) {
   }
 }
 
+// The pointers of one run or row; with Mask::none, grad_output is masked already, and output is never read.
 template <typename T>
-void gradient_sums(const Plan& plan, Work work, const GradientSource& source, void* grad_residual,
-                   GradientSums* partial) {
-  const AffineColumns<T> columns(plan, work.block, source.affine);
+struct Gradient {
+  const T *grad_output, *input, *output;
+
+  Gradient(const GradientSource& source, int64_t at)
+      : grad_output(static_cast<const T*>(source.masked != nullptr ? source.masked : source.grad_output) + at),
+        input(static_cast<const T*>(source.input) + at),
+        output(source.output != nullptr ? static_cast<const T*>(source.output) + at : input) {}
+
+  // One element's: a select, not a product, so that a NaN gradient where the output is <= 0 gives 0. Where the output
+  // is recomputed it is rounded as it was stored: a float16 that underflowed to 0 was blocked.
+  template <Mask kMask, typename V>
+  ALWAYS_INLINE acc_t<T> masked(int64_t k, acc_t<T> centered, V values) const {
+    const acc_t<T> g = load(grad_output[k]);
+    if (kMask == Mask::none) return g;
+    const acc_t<T> y =
+        kMask == Mask::output ? load(output[k]) : load(store<T>(centered * values.scale[k] + values.shift[k]));
+    return y <= 0 ? 0 : g;
+  }
+};
+
+// Adds to the sums of a row's columns, and writes the masked gradient where kStore.
+template <typename T, Mask kMask, bool kStore>
+void add_gradient_row(int64_t width, Values<const acc_t<T>*> values, Gradient<T> gradient, T* grad_residual,
+                      acc_t<T>* sums, acc_t<T>* dots) {
+#pragma omp simd
+  for (int64_t k = 0; k < width; ++k) {
+    const acc_t<T> centered = load(gradient.input[k]) - values.mean[k];
+    const acc_t<T> g = gradient.template masked<kMask>(k, centered, values);
+    if (kStore) grad_residual[k] = store<T>(g);
+    sums[k] += g;
+    dots[k] += g * centered;
+  }
+}
+
+// The same for a run, whose sums go to the channel's.
+template <typename T, Mask kMask, bool kStore>
+void add_gradient_run(int64_t length, Values<Constant<acc_t<T>>> values, Gradient<T> gradient, T* grad_residual,
+                      GradientSums& sums) {
+  acc_t<T> sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t k = 0; k < length; ++k) {
+    const acc_t<T> centered = load(gradient.input[k]) - values.mean[k];
+    const acc_t<T> g = gradient.template masked<kMask>(k, centered, values);
+    if (kStore) grad_residual[k] = store<T>(g);
+    sum += g;
+    dot += g * centered;
+  }
+  sums.sum += sum;
+  sums.dot += dot;
+}
+
+template <typename T, Mask kMask, bool kStore>
+void gradient_sums_of(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                      T* grad_residual, GradientSums* partial) {
+  using A = acc_t<T>;
   const int64_t first = plan.block_begin(work.block), group = plan.block_end(work.block) - first;
-  const int64_t width = width_of(plan, work.block);
-  Columns<acc_t<T>> sums, dots;
+  const auto target = [&](int64_t at) { return kStore ? grad_residual + at : nullptr; };
+  const auto clear = [&](GradientSums* result) {
+    for (int64_t c = first; c < first + group; ++c) result[c] = {0, 0};
+  };
+  if (plan.runs) {
+    for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
+      GradientSums* result = partial + index * plan.channels;
+      clear(result);
+      for_each_run(plan, work.block, plan.chunk(index), [&](int64_t channel, int64_t at, int64_t length) {
+        const auto values = values_of<A>(coefficients, channel);
+        for_each_piece(at, length, [&](int64_t begin, int64_t count) {
+          add_gradient_run<T, kMask, kStore>(count, values, {source, begin}, target(begin), result[channel]);
+        });
+      });
+    }
+    return;
+  }
+  const CoefficientColumns<A> columns(plan, work.block, coefficients);
+  Columns<A> sums, dots;
   double channel_sums[kMaxWidth], channel_dots[kMaxWidth];
   for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
-    clear(sums.values, width), clear(dots.values, width);
-    for_each_slab(
-        plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
-          const Slab<T> slab(source, at);
-          if (grad_residual != nullptr) {
-            add_gradients<T, Mask::output, true>(slab, rows, stride, slab_width, columns,
-                                                 static_cast<T*>(grad_residual) + at, sums.values, dots.values);
-          } else {
-            with_mask(source, [&](auto mask) {
-              add_gradients<T, mask.value, false>(slab, rows, stride, slab_width, columns, nullptr, sums.values,
-                                                  dots.values);
-            });
-          }
-        });
-    clear(channel_sums, group), clear(channel_dots, group);
+    sums.clear(plan.row_outer * group * plan.inner), dots.clear(plan.row_outer * group * plan.inner);
+    for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
+      for (int64_t row = 0; row < rows; ++row, at += stride) {
+        add_gradient_row<T, kMask, kStore>(width, columns.values(), {source, at}, target(at), sums.values, dots.values);
+      }
+    });
+    for (int64_t c = 0; c < group; ++c) channel_sums[c] = channel_dots[c] = 0;
     sums.add_to(plan, work.block, channel_sums);
     dots.add_to(plan, work.block, channel_dots);
     GradientSums* result = partial + index * plan.channels + first;
@@ -396,25 +465,42 @@ void gradient_sums(const Plan& plan, Work work, const GradientSource& source, vo
 }
 
 template <typename T>
-void grad_input(const Plan& plan, Work work, const GradientSource& source, const BatchTerms& terms, void* grad_input) {
-  const AffineColumns<T> columns(plan, work.block, source.affine);
-  const bool frozen = terms.slope == nullptr;
-  Columns<acc_t<T>> offset, slope;
-  if (!frozen) {
-    const int64_t first = plan.block_begin(work.block);
-    offset.fill(plan, work.block, terms.offset + first);
-    slope.fill(plan, work.block, terms.slope + first);
-  }
-  T* dx = static_cast<T*>(grad_input);
-  for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
-    for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
-      const Slab<T> slab(source, at);
-      with_mask(source, [&](auto mask) {
-        const auto run = frozen ? grad_input_rows<T, mask.value, true> : grad_input_rows<T, mask.value, false>;
-        run(slab, rows, stride, width, columns, offset.values, slope.values, dx + at);
-      });
+void gradient_sums(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                   void* grad_residual, GradientSums* partial) {
+  T* target = static_cast<T*>(grad_residual);
+  if (target != nullptr) {  // there is a residual, and so an output
+    gradient_sums_of<T, Mask::output, true>(plan, work, coefficients, source, target, partial);
+  } else {
+    with_mask(source, [&](auto mask) {
+      gradient_sums_of<T, mask.value, false>(plan, work, coefficients, source, target, partial);
     });
   }
+}
+
+template <typename T, Mask kMask, bool kFrozen, typename V>
+void grad_input_row(int64_t length, V values, Gradient<T> gradient, T* grad_input) {
+#pragma omp simd
+  for (int64_t k = 0; k < length; ++k) {
+    const acc_t<T> centered = load(gradient.input[k]) - values.mean[k];
+    acc_t<T> g = gradient.template masked<kMask>(k, centered, values);
+    if (!kFrozen) g = g - values.offset[k] - centered * values.slope[k];
+    grad_input[k] = store<T>(g * values.scale[k]);
+  }
+}
+
+template <typename T>
+void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                void* grad_input) {
+  T* dx = static_cast<T*>(grad_input);
+  with_mask(source, [&](auto mask) {
+    for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, auto values) {
+      if (coefficients.slope == nullptr) {
+        grad_input_row<T, mask.value, true>(length, values, {source, at}, dx + at);
+      } else {
+        grad_input_row<T, mask.value, false>(length, values, {source, at}, dx + at);
+      }
+    });
+  });
 }
 
 template <typename T>

@@ -1,37 +1,42 @@
 // How the CPU kernels walk a tensor: pure geometry, the same for every type, layout and pass.
 //
 // A contiguous (N, C, *) tensor is (outer = N, channels = C, inner = prod(*)); a channels_last one is
-// (outer = N * prod(*), channels = C, inner = 1). The kernels see *rows* of up to kMaxWidth adjacent elements, and keep
-// one accumulator per *column*, so that every inner loop is a plain loop over adjacent elements with no dependence
-// between them, however short `inner` is (9 elements at the end of a ResNet-18). A row is
-//   - `inner` elements of each of `group` channels, of `row_outer` outer entries where all channels fit, or,
-//   - where inner is long, `row_inner` of its elements (the image folded into rows).
-// A *block* is `group` channels; a *chunk*, kChunkRows rows or less of a block, is the unit that is summed in the
-// accumulation type before it is added up in double. Which elements meet in which order depends on the shape alone,
-// never on the number of threads: that is why results are bit-equal for any number of them.
+// (outer = N * prod(*), channels = C, inner = 1). Its elements are taken in one of two ways:
+//   - runs, where inner is long: `inner` adjacent elements of one channel, whose mean, scale, ... are scalars;
+//   - rows, where it is short (1 in channels_last, 9 at the end of a ResNet-18): up to kMaxWidth adjacent elements of
+//     several channels, with one mean, scale, ... and one accumulator per *column*, so that the inner loops are long
+//     and carry no sum.
+// A *block* is `group` channels: what a thread can take through both passes while it is in its cache. A *chunk* is a
+// part of the outer (and inner) extent: what is summed before it is added up in double. Which elements meet in which
+// order depends on the shape alone, never on the number of threads: results are bit-equal for any number of them.
 #pragma once
 
 #include <cstdint>
 
 namespace resnet_fused {
 
+constexpr int64_t kMinRun = 64;      // of 9 elements runs take 2.5 times as long as rows do, of 36 as long, of 144 half
 constexpr int64_t kMaxWidth = 1024;  // columns: three accumulator arrays of float fit in half an L1 cache
-constexpr int64_t kChunkRows = 32;
+constexpr int64_t kChunkRows = 32;   // rows of a chunk
+constexpr int64_t kRunChunks = 16;   // chunks of runs: enough to share among threads
+constexpr int64_t kMinChunkRun = 1024;
+constexpr int64_t kPage = 4096;           // bytes of a run from which skipping between channels costs next to nothing
+constexpr int64_t kCacheBytes = 1 << 24;  // a tensor of this size does not outlive a pass in the shared cache
 
 struct Plan {
   int64_t outer, channels, inner;
+  bool runs;
   int64_t group;                     // channels of a block
-  int64_t row_outer, row_inner;      // outer entries of a row, and elements of each of its channels
+  int64_t row_outer;                 // outer entries of a row: more than one only where all channels fit
   int64_t chunk_outer, chunk_inner;  // extent of a chunk
   int64_t inner_chunks;              // chunks along inner
   int64_t blocks, chunks;
 
-  int64_t count() const { return outer * inner; }  // values per channel
-
-  // Extent of a chunk: outer entries [outer_begin, outer_end) and elements [inner_begin, inner_end) of each.
+  // Outer entries [outer_begin, outer_end) and elements [inner_begin, inner_end) of each.
   struct Chunk {
     int64_t outer_begin, outer_end, inner_begin, inner_end;
-    int64_t count() const { return (outer_end - outer_begin) * (inner_end - inner_begin); }
+    int64_t run() const { return inner_end - inner_begin; }
+    int64_t count() const { return (outer_end - outer_begin) * run(); }  // values per channel
   };
   Chunk chunk(int64_t index) const {
     const int64_t outer_begin = index / inner_chunks * chunk_outer, inner_begin = index % inner_chunks * chunk_inner;
@@ -45,21 +50,24 @@ struct Plan {
     const int64_t end = (block + 1) * group;
     return end < channels ? end : channels;
   }
+  int64_t offset(int64_t o, int64_t channel, int64_t i) const { return (o * channels + channel) * inner + i; }
 };
 
-// outer, channels, inner >= 1. `threads` only evens out the blocks: the blocks share no sums.
-inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t threads) {
+// outer, channels, inner >= 1. The number of threads only decides which channels make a block: blocks share no sums.
+inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t element_size, int64_t threads) {
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   Plan plan{};
   plan.outer = outer, plan.channels = channels, plan.inner = inner;
-  plan.group = plan.row_outer = 1;
-  plan.row_inner = plan.chunk_inner = inner;
-  if (inner > kMaxWidth) {
-    // Fold into a multiple of four rows (they are summed four at a time) of at most 512 columns.
-    plan.row_inner = ceil_div(ceil_div(inner, 4 * ceil_div(inner, 2048)), 8) * 8;
-    const int64_t chunk_elements = kChunkRows * plan.row_inner;
-    plan.chunk_inner = inner < chunk_elements ? inner : chunk_elements;
-    plan.chunk_outer = inner < chunk_elements ? chunk_elements / inner : 1;
+  plan.runs = inner >= kMinRun;
+  plan.row_outer = 1;
+  plan.chunk_inner = inner;
+  if (plan.runs) {
+    // In the order of memory, unless the tensor is so large that the second pass should find a channel in the cache.
+    const bool by_channel = outer * channels * inner * element_size >= kCacheBytes && inner * element_size >= kPage;
+    plan.group = by_channel && channels >= threads ? 1 : channels;
+    plan.chunk_outer = ceil_div(outer, kRunChunks);
+    const int64_t part = ceil_div(inner, ceil_div(kRunChunks, outer));
+    if (inner > kMinChunkRun) plan.chunk_inner = part < kMinChunkRun ? kMinChunkRun : part;
   } else if (channels * inner <= kMaxWidth) {
     plan.group = channels;
     plan.row_outer = kMaxWidth / (channels * inner);
