@@ -122,7 +122,7 @@ class FusedResidual(Residual):
         if not _is_plain(self.bn2, nn.BatchNorm2d):
             Y = self.bn2(self.conv2(Y))
             X = X if self.conv3 is None else self.conv3(X)
-            return F.relu((Y + X).to(Y.dtype))  # not in place: a hook may have kept Y
+            return F.relu((Y + X.expand_as(Y)).to(Y.dtype))  # not in place: a hook may have kept Y
         Y, conv_bias = _convolve_without_bias(self.conv2, Y)
         arguments = _batch_norm_arguments(self.bn2)
         if self.conv3 is not None:

@@ -15,7 +15,9 @@ def _statistics(input):
 def _like_input(input, needed=True):
     if not needed:
         return input.new_empty(0)
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+    # Python's suggest_memory_format, unlike C++'s, takes (4, 1, 9, 9) of strides (81, 1, 9, 1) for channels_last.
+    memory_format = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
+    return torch.empty_like(input, memory_format=memory_format)
 
 
 def _per_channel(input, parameter, needed):
