@@ -6,8 +6,13 @@ from . import reference
 from .autograd import BatchNormAddReLU, BatchNormReLU
 from .backend import select
 
-_HALF_TYPES = (torch.float16, torch.bfloat16)
-_INPUT_TYPES = (*_HALF_TYPES, torch.float32, torch.float64)
+# Types of the input, and for each those that its per-channel vectors may have.
+_VECTOR_TYPES = {
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
 
 
 def _check_device(name, tensor, input):
@@ -15,35 +20,39 @@ def _check_device(name, tensor, input):
         raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
 
 
-def _check_per_channel(name, tensor, input):
-    if tensor is None:
-        return
+def _refuse_vector(name, vector, input):
     channels = input.shape[1]
-    if tensor.dim() != 1 or tensor.shape[0] != channels:
+    if vector.shape != (channels,):
         raise ValueError(
-            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(tensor.shape)}"
+            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(vector.shape)}"
         )
-    if tensor.dtype != input.dtype and not (tensor.dtype == torch.float32 and input.dtype in _HALF_TYPES):
-        expected = f"{input.dtype} or torch.float32" if input.dtype in _HALF_TYPES else f"{input.dtype}"
-        raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {tensor.dtype}")
-    _check_device(name, tensor, input)
+    _check_device(name, vector, input)
+    expected = " or ".join(map(str, _VECTOR_TYPES[input.dtype]))
+    raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
 
 
 def _check(
     input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias
 ) -> None:
-    if input.dtype not in _INPUT_TYPES:
+    vector_types = _VECTOR_TYPES.get(input.dtype)
+    if vector_types is None:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
         raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
-    channels = input.shape[1]
+    channels, device = input.shape[1], input.device
     if channels == 0:
         raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    _check_per_channel("weight", weight, input)
-    _check_per_channel("bias", bias, input)
-    _check_per_channel("running_mean", running_mean, input)
-    _check_per_channel("running_var", running_var, input)
-    _check_per_channel("input_bias", input_bias, input)
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("input_bias", input_bias),
+    ):
+        if vector is not None and not (
+            vector.shape == (channels,) and vector.dtype in vector_types and vector.device == device
+        ):
+            _refuse_vector(name, vector, input)
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"
         raise ValueError(f"running_mean, running_var: expected both or neither, got only {given}")

@@ -75,7 +75,7 @@ FAULTS = [
     Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()"),
     Fault("eps 0 in training", FUNCTIONAL, "if not eps > 0:", "if not eps >= 0:"),
     Fault("one value per channel", FUNCTIONAL, "input.numel() == channels", "input.numel() < channels"),
-    Fault("half vectors for float32", FUNCTIONAL, "tensor.dtype == torch.float32 and input.dtype in _HALF_TYPES", "tensor.dtype != torch.float64"),
+    Fault("half vectors for float32", FUNCTIONAL, "torch.float32: (torch.float32,),", "torch.float32: (torch.float32, torch.bfloat16),"),
     Fault("other devices", FUNCTIONAL, "if tensor.device != input.device:", "if False:"),
     Fault("untracked batch norm counts", BLOCKS, "bn.num_batches_tracked if tracks else None", "bn.num_batches_tracked"),
     Fault("untracked batch norm updates", BLOCKS, "uses_running = not bn.training or bn.track_running_stats", "uses_running = True"),

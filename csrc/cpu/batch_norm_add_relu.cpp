@@ -297,7 +297,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const PerChannel running_means(running_mean, "running_mean", channels, 0);
   const PerChannel running_vars(running_var, "running_var", channels, 1);
   const PerChannel dropped_bias(input_bias, "input_bias", channels, 0);
-  STD_TORCH_CHECK(training ? count != 1 : running_means && running_vars,
+  STD_TORCH_CHECK(static_cast<bool>(running_means) == static_cast<bool>(running_vars),
+                  "running_mean, running_var: expected both or neither");
+  STD_TORCH_CHECK(training ? count != 1 : static_cast<bool>(running_means),
                   "expected more than one value per channel in training, and running statistics otherwise");
   STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum: None needs num_batches_tracked");
   int64_t* counter = nullptr;
@@ -311,7 +313,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
 
   const MemoryFormat format = memory_format(input);
   const Tensor x = as_format(input, format), output = empty_like(input, format);
-  const OptionalTensor r = residual ? OptionalTensor(as_format(*residual, format)) : std::nullopt;
+  const void* r = nullptr;
+  OptionalTensor dense_residual;
+  if (residual) r = dense_residual.emplace(as_format(*residual, format)).data_ptr();
   const Tensor mean = empty_vector(channels, aoti_torch_dtype_float64());
   const Tensor invstd = empty_vector(channels, aoti_torch_dtype_float64());
   double* means = static_cast<double*>(mean.data_ptr());
@@ -332,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const Plan plan = plan_of(input, format);
   const Kernels& kernel = kernels(type);
   const auto normalize = [&](Work work) {
-    kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r ? r->data_ptr() : nullptr, output.data_ptr());
+    kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r, output.data_ptr());
   };
   if (!training) {
     const auto finish = [&](int64_t begin, int64_t end) {
@@ -400,13 +404,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   }
 
   const Tensor dy = as_format(grad_output, format), x = as_format(input, format);
-  const OptionalTensor y = output ? OptionalTensor(as_format(*output, format)) : std::nullopt;
+  GradientSource source{dy.data_ptr(), x.data_ptr(), nullptr, nullptr};
+  OptionalTensor dense_output;
+  if (output) source.output = dense_output.emplace(as_format(*output, format)).data_ptr();
   const Plan plan = plan_of(input, format);
   const Kernels& kernel = kernels(type);
 
   CoefficientBuffer coefficients(channels);
   for (int64_t c = 0; c < channels; ++c) coefficients.set(c, means[c], invstds[c], gamma[c], beta[c], type);
-  const GradientSource source{dy.data_ptr(), x.data_ptr(), y ? y->data_ptr() : nullptr, nullptr};
   GradientSource second_pass = source;  // finds the gradient masked, where the first pass had to write it anyway
   if (needed.residual) second_pass.masked = grad_residual.data_ptr();
 
