@@ -27,8 +27,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxDim = 64;  // of a PyTorch tensor
 
-// Layout
-// ---------------------------------------------------------------------------------------------------------------
+// ---- Layout ----
 
 // Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what
 // Tensor::suggest_memory_format says, which the stable ABI lacks.
@@ -99,8 +98,7 @@ Plan plan_of(const Tensor& input, MemoryFormat format) {
   return make_plan(batch * inner, channels, 1, size, threads);
 }
 
-// Types
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Types ----
 
 ElementType element_type(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -178,52 +176,46 @@ class PerChannel {
   double otherwise_;
 };
 
-// The schedule
-// ---------------------------------------------------------------------------------------------------------
+// ---- The schedule ----
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kParallelElements = 32768;
 
-// Calls f(Work) for the flat range [begin, end) of a plan's chunks, block by block.
+bool is_small(const Plan& plan) { return plan.outer * plan.channels * plan.inner < kParallelElements; }
+
+// Calls f(Work) for every chunk of every block, shared among the threads.
 template <typename F>
-void for_each_work(const Plan& plan, int64_t begin, int64_t end, const F& f) {
-  while (begin < end) {
-    const int64_t block = begin / plan.chunks, first = begin % plan.chunks;
-    const int64_t last = std::min(plan.chunks, first + end - begin);
-    f(Work{block, first, last});
-    begin += last - first;
-  }
+void for_each_chunk(const Plan& plan, const F& f) {
+  const int64_t total = plan.blocks * plan.chunks;
+  torch::stable::parallel_for(0, total, is_small(plan) ? total : 1, [&](int64_t begin, int64_t end) {
+    while (begin < end) {  // a block's part of the range at a time
+      const int64_t block = begin / plan.chunks, first = begin % plan.chunks;
+      const int64_t last = std::min(plan.chunks, first + end - begin);
+      f(Work{block, first, last});
+      begin += last - first;
+    }
+  });
 }
 
 // Runs reduce over every chunk of a channel, then finish for the channel, then apply over its chunks. With a block or
 // more per thread a thread takes its blocks through all three, one by one, while they are in its cache; else the
 // threads share the chunks, and meet in between.
 template <typename Reduce, typename Finish, typename Apply>
-void run(const Plan& plan, const Reduce& reduce, const Finish& finish, const Apply& apply) {
-  const auto blocks = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      reduce(Work{block, 0, plan.chunks});
-      finish(plan.block_begin(block), plan.block_end(block));
-      apply(Work{block, 0, plan.chunks});
-    }
-  };
-  const auto share = [&](const auto& f) {
-    torch::stable::parallel_for(0, plan.blocks * plan.chunks, 1,
-                                [&](int64_t begin, int64_t end) { for_each_work(plan, begin, end, f); });
-  };
-  const int64_t threads = torch::stable::get_num_threads();
-  if (threads == 1 || plan.outer * plan.channels * plan.inner < kParallelElements) {
-    blocks(0, plan.blocks);
-  } else if (plan.blocks >= threads) {
-    torch::stable::parallel_for(0, plan.blocks, 1, blocks);
+void for_each_chunk_twice(const Plan& plan, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  if (is_small(plan) || plan.blocks >= torch::stable::get_num_threads()) {
+    torch::stable::parallel_for(0, plan.blocks, is_small(plan) ? plan.blocks : 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        reduce(Work{block, 0, plan.chunks});
+        finish(plan.block_begin(block), plan.block_end(block));
+        apply(Work{block, 0, plan.chunks});
+      }
+    });
   } else {
-    share(reduce);
+    for_each_chunk(plan, reduce);
     finish(0, plan.channels);
-    share(apply);
+    for_each_chunk(plan, apply);
   }
 }
-
-void nothing(Work) {}
 
 // The per-channel coefficients.
 struct CoefficientBuffer {
@@ -250,8 +242,7 @@ struct CoefficientBuffer {
   }
 };
 
-// Forward
-// --------------------------------------------------------------------------------------------------------------
+// ---- Forward ----
 
 void check_input(const Tensor& input) {
   STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.dim() <= kMaxDim && input.size(1) >= 1,
@@ -339,10 +330,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
     kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r, output.data_ptr());
   };
   if (!training) {
-    const auto finish = [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) set_channel(c, running_means[c] - dropped_bias[c], running_vars[c]);
-    };
-    run(plan, nothing, finish, normalize);
+    for (int64_t c = 0; c < channels; ++c) set_channel(c, running_means[c] - dropped_bias[c], running_vars[c]);
+    for_each_chunk(plan, normalize);
     return {output, mean, invstd};
   }
 
@@ -360,12 +349,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
       }
     }
   };
-  run(plan, moments, finish, normalize);
+  for_each_chunk_twice(plan, moments, finish, normalize);
   return {output, mean, invstd};
 }
 
-// Backward
-// -------------------------------------------------------------------------------------------------------------
+// ---- Backward ----
 
 struct Needed {
   bool input, residual, weight, bias;
@@ -442,15 +430,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
     if (needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad_input.data_ptr());
   };
   if (needed.residual || needed.weight || needed.bias || training) {
-    run(plan, sums, finish, apply);
+    for_each_chunk_twice(plan, sums, finish, apply);
   } else {
-    run(plan, nothing, [](int64_t, int64_t) {}, apply);
+    for_each_chunk(plan, apply);
   }
   return {grad_input, grad_residual, grad_weight, grad_bias};
 }
 
-// The ops
-// --------------------------------------------------------------------------------------------------------------
+// ---- The ops ----
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
                                                        OptionalTensor bias, OptionalTensor running_mean,

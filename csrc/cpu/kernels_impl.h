@@ -9,8 +9,7 @@
 namespace resnet_fused::CPU_CAPABILITY {
 namespace {
 
-// Element types
-// --------------------------------------------------------------------------------------------------------
+// ---- Element types ----
 
 struct BFloat16 {
   uint16_t bits;
@@ -75,8 +74,7 @@ ALWAYS_INLINE Float16 store<Float16>(float value) {
   return {static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
 }
 
-// Coefficients
-// ---------------------------------------------------------------------------------------------------------
+// ---- Coefficients ----
 
 // One value for every element of a run, where a row has an array of columns.
 template <typename A>
@@ -159,8 +157,7 @@ struct CoefficientColumns {
   Values<const A*> values() const { return {mean.values, scale.values, shift.values, offset.values, slope.values}; }
 };
 
-// Walks
-// ----------------------------------------------------------------------------------------------------------------
+// ---- Walks ----
 
 // Calls f(channel, at, length) for each run of a chunk, in the order of memory.
 template <typename F>
@@ -212,8 +209,7 @@ inline void for_each_piece(int64_t at, int64_t length, F f) {
   }
 }
 
-// Forward
-// --------------------------------------------------------------------------------------------------------------
+// ---- Forward ----
 
 // Deviations are from an origin near the mean: sum(x^2) - sum(x)^2 / n on raw values would lose everything at mean 1e4,
 // std 1e-2. The origin is the mean of 1/32 of the chunk or more; the mean of a part p of the values is at most
@@ -349,8 +345,7 @@ void normalize(const Plan& plan, Work work, const Coefficients& coefficients, co
   });
 }
 
-// Backward
-// -------------------------------------------------------------------------------------------------------------
+// ---- Backward ----
 
 enum class Mask { output, input, none };
 
