@@ -7,38 +7,6 @@ from resnet_fused import functional
 
 from .problem import Problem
 
-SHAPES = [
-    (4, 5, 7, 9),  # odd everywhere; all channels of several images in one row of the CPU kernels
-    (2, 1, 9, 9),  # one channel
-    (5, 3, 4, 4),
-    (7, 6, 1, 1),  # inner = 1 in a contiguous tensor
-    (33, 63, 3, 3),  # one more image than a chunk of 32 rows, one channel less than a power of two
-    (40, 65, 6, 6),  # several chunks
-    (40, 4, 8, 8),  # the shortest run of one channel; several images in a chunk
-    (3, 10, 33, 33),  # an image of one chunk
-    (2, 9, 130, 131),  # images of several chunks, of several pieces each
-    (3, 6, 600, 600),  # too large for the cache: channel by channel
-    (3, 728, 5, 5),  # several blocks of channels (Xception's width)
-    (2, 1100, 2, 2),  # more channels than columns: several blocks in channels_last
-    (16, 48),  # (N, C)
-    (6, 10, 37),  # (N, C, L)
-    (3, 6, 4, 5, 7),  # (N, C, D, H, W)
-]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_equal_the_reference(backend, device, dtype, layout, shape, training, with_residual):
-    problem = Problem.random(shape, dtype, layout, device, with_residual, training=training)
-    problem.check(clipped=(0.2, 0.8) if problem.input.numel() < 1000 else (0.3, 0.7))
-
-
-RESNET18_SHAPES = [(4, 64, 24, 24), (4, 128, 12, 12), (4, 256, 6, 6), (4, 512, 3, 3), (2, 64, 56, 56)]
-
-
-@pytest.mark.parametrize("shape", RESNET18_SHAPES, ids=str)
-def test_resnet18_shapes_equal_the_reference(backend, device, layout, shape):
-    Problem.random(shape, torch.float32, layout, device).check()
-
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_all_half_parameters_and_statistics(backend, device, dtype, layout, training, with_residual):
@@ -133,3 +101,36 @@ def test_the_residual_may_be_the_input(backend, device, layout, training):
         strict=True,
     ):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+SHAPES = [
+    (4, 5, 7, 9),  # odd everywhere; all channels of several images in one row of the CPU kernels
+    (2, 1, 9, 9),  # one channel
+    (5, 3, 4, 4),
+    (7, 6, 1, 1),  # inner = 1 in a contiguous tensor
+    (33, 63, 3, 3),  # one more image than a chunk of 32 rows, one channel less than a power of two
+    (40, 65, 6, 6),  # several chunks
+    (40, 4, 8, 8),  # the shortest run of one channel; several images in a chunk
+    (3, 10, 33, 33),  # an image of one chunk
+    (2, 9, 130, 131),  # images of several chunks, of several pieces each
+    (3, 6, 600, 600),  # too large for the cache: channel by channel
+    (3, 728, 5, 5),  # several blocks of channels (Xception's width)
+    (2, 1100, 2, 2),  # more channels than columns: several blocks in channels_last
+    (16, 48),  # (N, C)
+    (6, 10, 37),  # (N, C, L)
+    (3, 6, 4, 5, 7),  # (N, C, D, H, W)
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_equal_the_reference(backend, device, dtype, layout, shape, training, with_residual):
+    problem = Problem.random(shape, dtype, layout, device, with_residual, training=training)
+    problem.check(clipped=(0.2, 0.8) if problem.input.numel() < 1000 else (0.3, 0.7))
+
+
+RESNET18_SHAPES = [(4, 64, 24, 24), (4, 128, 12, 12), (4, 256, 6, 6), (4, 512, 3, 3), (2, 64, 56, 56)]
+
+
+@pytest.mark.parametrize("shape", RESNET18_SHAPES, ids=str)
+def test_resnet18_shapes_equal_the_reference(backend, device, layout, shape):
+    Problem.random(shape, torch.float32, layout, device).check()
