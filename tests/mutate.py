@@ -42,7 +42,7 @@ FAULTS = [
     Fault("mask multiplies", KERNELS, "return y <= 0 ? 0 : g;", "return g * (y <= 0 ? 0 : 1);", "edges"),
     Fault("mask not of y as stored", KERNELS, "load(store<T>(centered * values.scale[k] + values.shift[k]))", "centered * values.scale[k] + values.shift[k]", "edges"),
     Fault("bfloat16 rounds ties away", KERNELS, "0x7fffu + (bits >> 16 & 1u)", "0x8000u", "edges"),
-    Fault("float16 overflows late", KERNELS, "0x477ff000u", "0x47800000u", "edges"),
+    Fault("float16 overflows early", KERNELS, "0x477ff000u", "0x477fe000u", "edges"),
     Fault("float16 subnormals", KERNELS, "magnitude < 0x38800000u", "magnitude < 0x38000000u", "edges"),
     Fault("float16 infinity read as number", KERNELS, "magnitude >= 0x0f800000u", "magnitude > 0x0f800000u", "edges"),
     Fault("infinite origin", KERNELS, "mean - mean == 0 ? mean : 0", "mean", "edges"),

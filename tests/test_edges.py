@@ -197,6 +197,16 @@ def test_every_half_value_is_read_and_rounded_as_pytorch_does(backend, device, d
         torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_value_is_read_as_an_input(backend, device, dtype):
+    """A quarter of it, so that an infinity that was read as a large number shows."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+    zero, one = torch.zeros(1, device=device), torch.ones(1, device=device)
+    actual = functional.batch_norm_relu(every.to(device), zero, one, one / 4, zero, eps=0.0)
+    expected = torch.relu(every.float() / 4).to(dtype)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_float16_overflows_to_infinity_as_in_eager(backend, device):
     x = torch.full((2, 1, 2, 2), 60000.0, dtype=torch.float16, device=device)
     zero, one = torch.zeros(1, device=device), torch.ones(1, device=device)
