@@ -67,7 +67,7 @@ FAULTS = [
     Fault("rounded mean in forward", GLUE, "bias - dropped * scaled", "bias", "edges"),
     Fault("rounded mean in backward", GLUE, "dot -= dropped * sum;", "", "edges"),
     Fault("frozen statistics treated as the batch's", GLUE, "training ? coefficients.backward() : coefficients.forward()", "coefficients.backward()"),
-    Fault("ambiguous layout", GLUE, "if (d == 0 && smallest == tensor.stride(1)) return false;", "", "edges"),
+    Fault("ambiguous layout", GLUE, "tensor.is_contiguous() || !has_channels_last_strides(tensor)", "!has_channels_last_strides(tensor)", "edges"),
     Fault("weight left out of the scale", GLUE, "rounded(invstd * weight, type)", "rounded(invstd, type)"),
     Fault("eps added to the deviation", GLUE, "1 / std::sqrt(variance + eps)", "1 / (std::sqrt(variance) + eps)"),
     Fault("no gradient for a dropped bias", AUTOGRAD, "return torch.zeros_like(input_bias)", "return None"),

@@ -39,7 +39,6 @@ bool has_channels_last_strides(const Tensor& tensor) {
     const int64_t d = i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;  // C, W, H, [D,] N
     const int64_t size = tensor.size(d), stride = tensor.stride(d);
     if (size == 0 || stride < smallest || (d == 1 && stride == 0)) return false;
-    if (d == 0 && smallest == tensor.stride(1)) return false;  // ambiguous: contiguous
     smallest = stride * std::max<int64_t>(size, 1);
   }
   return true;
