@@ -6,13 +6,13 @@ import torch
 import resnet_fused
 from resnet_fused import use_backend
 
-BACKENDS = {"cpu": "cpu", "eager": "cpu"}  # name -> device on which it is tested
+BACKENDS = {"cpu": "cpu"}  # name -> device on which it is tested
 
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "eager"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each fused backend in turn, in use for the whole test."""
     if request.param not in resnet_fused.available_backends():

@@ -74,6 +74,7 @@ FAULTS = [
     Fault("dropped bias's gradient unscaled", AUTOGRAD, "(grad_bias * scale).to", "grad_bias.to"),
     Fault("double backward takes statistics as constants", AUTOGRAD, "correction=0)\n", "correction=0)\n        mean = mean.detach()\n", "gradients"),
     Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()", "gradients"),
+    Fault("refused input counted", FUNCTIONAL, "    vector_types = _VECTOR", "    if num_batches_tracked is not None:\n        num_batches_tracked += 1\n    vector_types = _VECTOR", "edges"),
     Fault("eps 0 in training", FUNCTIONAL, "if not eps > 0:", "if not eps >= 0:", "edges"),
     Fault("one value per channel", FUNCTIONAL, "input.numel() == channels", "input.numel() < channels", "edges"),
     Fault("half vectors for float32", FUNCTIONAL, "torch.float32: (torch.float32,),", "torch.float32: (torch.float32, torch.bfloat16),", "edges"),

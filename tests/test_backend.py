@@ -56,7 +56,7 @@ def test_auto_runs_the_fused_op_and_nothing_of_eagers(backend, device):
     assert not ops & {"aten::batch_norm", "aten::native_batch_norm", "aten::relu"}
 
 
-def test_eager_runs_no_fused_op_and_equals_it(device="cpu"):
+def test_eager_runs_no_fused_op_and_equals_it():
     problem = Problem.random((6, 10, 5, 5), torch.float64)
     expected = problem.run()
     with use_backend("eager"):
@@ -145,7 +145,7 @@ def test_without_the_extension_it_imports_and_says_why():
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def _setup(tmp_path, stand_in="", **environment):
+def _setup(stand_in="", **environment):
     """setup.py's message, with Python code run before it in place of what the machine lacks."""
     code = f"import sys; sys.argv = ['setup.py', '--version']\n{stand_in}\nexec(open('setup.py').read())"
     return subprocess.run(
@@ -153,19 +153,19 @@ def _setup(tmp_path, stand_in="", **environment):
     )
 
 
-def test_a_missing_compiler_is_named_with_the_fix(tmp_path):
-    done = _setup(tmp_path, CXX="no-such-compiler")
+def test_a_missing_compiler_is_named_with_the_fix():
+    done = _setup(CXX="no-such-compiler")
     assert done.returncode != 0
     assert "no C++ compiler (no-such-compiler is not on PATH)" in done.stderr and "apt-get install g++" in done.stderr
 
 
-def test_a_too_old_torch_is_named_with_the_fix(tmp_path):
-    done = _setup(tmp_path, "import torch; torch.__version__ = '2.9.1'")
+def test_a_too_old_torch_is_named_with_the_fix():
+    done = _setup("import torch; torch.__version__ = '2.9.1'")
     assert done.returncode != 0
     assert "needs torch>=2.10, found 2.9.1" in done.stderr and "pip install --upgrade torch" in done.stderr
 
 
-def test_a_build_without_torch_is_told_what_to_install(tmp_path):
-    done = _setup(tmp_path, "sys.modules['torch'] = None")
+def test_a_build_without_torch_is_told_what_to_install():
+    done = _setup("sys.modules['torch'] = None")
     assert done.returncode != 0
     assert "the build needs torch>=2.10" in done.stderr and "--no-build-isolation" in done.stderr

@@ -5,6 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from resnet_fused import functional
+from resnet_fused.backend import get
 
 from .problem import Problem, in_layout
 
@@ -64,8 +65,6 @@ def _raw_calls(problem, ops, training):
 
 @pytest.mark.parametrize("index", range(4), ids=["add_relu", "relu", "add_relu_backward", "relu_backward"])
 def test_opcheck(backend, device, dtype, layout, training, index):
-    from resnet_fused.backend import get
-
     problem = Problem.random((4, 6, 5, 3), dtype, layout, device)
     op, arguments = _raw_calls(problem, get(backend).ops, training)[index]
     torch.library.opcheck(op, arguments)
