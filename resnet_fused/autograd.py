@@ -22,6 +22,15 @@ def _grad_input_bias(input_bias, grad_bias, weight, invstd, training):
     return (grad_bias * scale).to(input_bias.dtype)
 
 
+def _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd):
+    """Gradients of both forwards' arguments, from the raw backward's: ``(grad_input, ..., grad_weight, grad_bias)``."""
+    *others, grad_bias = grads
+    grad_input_bias = None
+    if need_input_bias:
+        grad_input_bias = _grad_input_bias(input_bias, grad_bias, weight, invstd, ctx.training)
+    return *others, grad_bias if need_bias else None, None, None, None, grad_input_bias, None, None, None, None
+
+
 class _Forward(Function):
     """A Function with ``setup_context``, which torch.func needs, and a twin without, which costs less host time."""
 
@@ -158,11 +167,7 @@ class BatchNormAddReLU(_Forward):
             needed,
             ctx.ops,
         )
-        grad_input_bias = None
-        if need_input_bias:
-            grad_input_bias = _grad_input_bias(input_bias, grads[3], weight, invstd, ctx.training)
-        grads = (*grads[:3], grads[3] if need_bias else None)
-        return *grads, None, None, None, grad_input_bias, None, None, None, None
+        return _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd)
 
 
 class BatchNormAddReLUBackward(Function):
@@ -230,11 +235,7 @@ class BatchNormReLU(_Forward):
             needed,
             ctx.ops,
         )
-        grad_input_bias = None
-        if need_input_bias:
-            grad_input_bias = _grad_input_bias(input_bias, grads[2], weight, invstd, ctx.training)
-        grads = (*grads[:2], grads[2] if need_bias else None)
-        return *grads, None, None, None, grad_input_bias, None, None, None, None
+        return _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd)
 
 
 class BatchNormReLUBackward(Function):

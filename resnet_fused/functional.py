@@ -108,7 +108,7 @@ def batch_norm_relu(
     num_batches_tracked=None,
     input_bias=None,
 ):
-    r"""``relu(batch_norm(input))`` in one pass over memory less per operator it replaces.
+    r"""``relu(batch_norm(input))`` as one operator.
 
     .. math:: y = \max\Big(0, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta\Big)
 

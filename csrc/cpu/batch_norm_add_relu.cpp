@@ -55,7 +55,7 @@ Tensor as_format(const Tensor& tensor, MemoryFormat format) {
   return torch::stable::contiguous(tensor, format);
 }
 
-// torch::stable::empty costs some 2 us of boxing a call, of a backward's 18 for four; this shim does not box.
+// torch::stable::empty boxes, some 1.3 us a call and 5 of a backward's 18; this shim does not.
 Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));

@@ -223,12 +223,12 @@ inline A origin_of(double sum, int64_t count) {
 template <typename T>
 void moments_of_runs(const Plan& plan, int64_t block, const Plan::Chunk& chunk, const T* input, Moments* result) {
   using A = acc_t<T>;
-  const int64_t least = (chunk.count() + 31) / 32 > 16 ? (chunk.count() + 31) / 32 : 16;
+  const int64_t part = (chunk.count() + 31) / 32, least = part > 16 ? part : 16;
   const int64_t sampled = least < chunk.run() ? least : chunk.run();
   int64_t started = plan.block_begin(block);  // channels whose first run was met
   for_each_run(plan, block, chunk, [&](int64_t channel, int64_t at, int64_t length) {
     Moments& moments = result[channel];
-    if (channel == started && started < plan.block_end(block)) {
+    if (channel == started) {
       A sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t k = 0; k < sampled; ++k) sum += load(input[at + k]);
