@@ -3,7 +3,7 @@
 //
 // The words are the same everywhere: input, residual, output, grad_*: (N, C, *); weight, bias, running_mean,
 // running_var, input_bias, mean, invstd, grad_weight, grad_bias: (C,); num_batches_tracked: one int64.
-// A gradient that was not asked for comes back with no elements.
+// A gradient that was not asked for comes back undefined, None in Python.
 
 #include <torch/csrc/stable/library.h>
 

@@ -9,11 +9,6 @@ import torch
 from torch.autograd import Function
 
 
-def _present(tensors, needed):
-    """The raw backwards return empty tensors for gradients nobody asked for; autograd wants None."""
-    return tuple(tensor if need else None for tensor, need in zip(tensors, needed, strict=True))
-
-
 def _grad_input_bias(input_bias, grad_bias, weight, invstd, training):
     """The gradient of a bias that was left out of input: batch statistics cancel it, running ones let it through."""
     if training:
@@ -175,10 +170,9 @@ class BatchNormAddReLUBackward(Function):
 
     @staticmethod
     def forward(grad_output, input, output, weight, bias, input_bias, mean, invstd, training, eps, needed, ops):
-        grads = ops.batch_norm_add_relu_backward.default(
+        return ops.batch_norm_add_relu_backward.default(
             grad_output, input, output, weight, bias, mean, invstd, training, *needed
         )
-        return _present(grads, needed)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -243,8 +237,7 @@ class BatchNormReLUBackward(Function):
 
     @staticmethod
     def forward(grad_output, input, weight, bias, input_bias, mean, invstd, training, eps, needed, ops):
-        grads = ops.batch_norm_relu_backward.default(grad_output, input, weight, bias, mean, invstd, training, *needed)
-        return _present(grads, needed)
+        return ops.batch_norm_relu_backward.default(grad_output, input, weight, bias, mean, invstd, training, *needed)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):

@@ -14,15 +14,16 @@ def _statistics(input):
 
 def _like_input(input, needed=True):
     if not needed:
-        return input.new_empty(0)
+        return None
     # Python's suggest_memory_format, unlike C++'s, takes (4, 1, 9, 9) of strides (81, 1, 9, 1) for channels_last.
     memory_format = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
     return torch.empty_like(input, memory_format=memory_format)
 
 
 def _per_channel(input, parameter, needed):
-    dtype = torch.float64 if parameter is None else parameter.dtype
-    return input.new_empty(input.shape[1] if needed else 0, dtype=dtype)
+    if not needed:
+        return None
+    return input.new_empty(input.shape[1], dtype=torch.float64 if parameter is None else parameter.dtype)
 
 
 def _batch_norm_relu(

@@ -371,9 +371,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   const PerChannel means(mean, "mean", channels, 0), invstds(invstd, "invstd", channels, 1);
 
   const MemoryFormat format = memory_format(input);
-  const auto empty_if = [&](bool need) { return need ? empty_like(input, format) : empty_vector(0, type_code(input)); };
+  const auto empty_if = [&](bool need) { return need ? empty_like(input, format) : Tensor(); };
   const auto vector_if = [&](bool need, const OptionalTensor& parameter) {
-    return empty_vector(need ? channels : 0, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
+    if (!need) return Tensor();
+    return empty_vector(channels, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
   };
   const Tensor grad_input = empty_if(needed.input), grad_residual = empty_if(needed.residual);
   const Tensor grad_weight = vector_if(needed.weight, weight), grad_bias = vector_if(needed.bias, bias);
