@@ -5,81 +5,11 @@ import torch
 from . import reference
 from .autograd import BatchNormAddReLU, BatchNormReLU
 from .backend import select
-
-# Types of the input, and for each those that its per-channel vectors may have.
-_VECTOR_TYPES = {
-    torch.float16: (torch.float16, torch.float32),
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-    torch.float32: (torch.float32,),
-    torch.float64: (torch.float64,),
-}
-
-
-def _check_device(name, tensor, input):
-    if tensor.device != input.device:
-        raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
-
-
-def _refuse_vector(name, vector, input):
-    channels = input.shape[1]
-    if vector.shape != (channels,):
-        raise ValueError(
-            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(vector.shape)}"
-        )
-    _check_device(name, vector, input)
-    expected = " or ".join(map(str, _VECTOR_TYPES[input.dtype]))
-    raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
-
-
-def _check(
-    input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias
-) -> None:
-    vector_types = _VECTOR_TYPES.get(input.dtype)
-    if vector_types is None:
-        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dim() < 2:
-        raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
-    channels, device = input.shape[1], input.device
-    if channels == 0:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("input_bias", input_bias),
-    ):
-        if vector is not None and not (
-            vector.shape == (channels,) and vector.dtype in vector_types and vector.device == device
-        ):
-            _refuse_vector(name, vector, input)
-    if (running_mean is None) != (running_var is None):
-        given = "running_mean" if running_var is None else "running_var"
-        raise ValueError(f"running_mean, running_var: expected both or neither, got only {given}")
-    if num_batches_tracked is not None:
-        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
-            raise ValueError(
-                "num_batches_tracked: expected one int64, got shape "
-                f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}"
-            )
-        _check_device("num_batches_tracked", num_batches_tracked, input)
-    elif momentum is None:
-        raise ValueError("momentum: None, the cumulative average, needs num_batches_tracked, got None for it")
-    if training:
-        if not eps > 0:
-            raise ValueError(f"eps: expected a number > 0 where batch statistics are used, got {eps}")
-        if input.numel() == channels:
-            raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
-    else:
-        if not eps >= 0:
-            raise ValueError(f"eps: expected a number >= 0, got {eps}")
-        if running_mean is None:
-            raise ValueError("running_mean, running_var: expected both where training=False, got None")
+from .checks import check_arguments, check_device
 
 
 def _like_input(residual, input):
     """residual in the input's dtype and shape, as an in-place ``+=`` onto the normalised input would take it."""
-    _check_device("residual", residual, input)
     if residual.dtype != input.dtype:
         if residual.is_complex():
             raise TypeError(f"residual: expected a real tensor, to add to {input.dtype}, got {residual.dtype}")
@@ -143,8 +73,10 @@ def batch_norm_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
     """
-    _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias)
+    arguments = (weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps)
     ops = select(input.device.type).ops
+    if ops is None or torch.compiler.is_compiling():
+        check_arguments(input, *arguments)
     if ops is None:
         return reference.batch_norm_relu(
             input,
@@ -158,9 +90,11 @@ def batch_norm_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    return BatchNormReLU.call(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps, ops
-    )
+    try:
+        return BatchNormReLU.call(input, *arguments, ops)
+    except RuntimeError:  # the op's own checks cost a third of these, but say less
+        check_arguments(input, *arguments)
+        raise
 
 
 def batch_norm_add_relu(
@@ -207,9 +141,14 @@ def batch_norm_add_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    _check(input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked, input_bias)
-    residual = _like_input(residual, input)
+    arguments = (weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps)
+    if residual.shape != input.shape or residual.dtype != input.dtype:
+        check_arguments(input, *arguments)
+        residual = _like_input(residual, input)
     ops = select(input.device.type).ops
+    if ops is None or torch.compiler.is_compiling():
+        check_arguments(input, *arguments)
+        check_device("residual", residual, input)
     if ops is None:
         return reference.batch_norm_add_relu(
             input,
@@ -224,17 +163,9 @@ def batch_norm_add_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    return BatchNormAddReLU.call(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        input_bias,
-        training,
-        momentum,
-        eps,
-        ops,
-    )
+    try:
+        return BatchNormAddReLU.call(input, residual, *arguments, ops)
+    except RuntimeError:
+        check_arguments(input, *arguments)
+        check_device("residual", residual, input)
+        raise

@@ -1,10 +1,12 @@
-"""The raw ops' shapes: fake (meta) implementations, by which torch.compile and torch.export see them.
+"""The raw ops' shapes and refusals: fake (meta) implementations, by which torch.compile and torch.export see them.
 
 The schemas are in csrc/ops.cpp. Every backend's namespace has the same four ops, so it registers the same fakes.
 """
 
 import torch
 from torch._prims_common import suggest_memory_format
+
+from .checks import check_arguments, check_device
 
 
 def _statistics(input):
@@ -26,14 +28,14 @@ def _per_channel(input, parameter, needed):
     return input.new_empty(input.shape[1], dtype=torch.float64 if parameter is None else parameter.dtype)
 
 
-def _batch_norm_relu(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps
-):
+def _batch_norm_relu(input, *arguments):
+    check_arguments(input, *arguments)
     return _like_input(input), _statistics(input), _statistics(input)
 
 
-def _batch_norm_add_relu(input, residual, *args):
-    return _batch_norm_relu(input, *args)
+def _batch_norm_add_relu(input, residual, *arguments):
+    check_device("residual", residual, input)
+    return _batch_norm_relu(input, *arguments)
 
 
 def _batch_norm_relu_backward(

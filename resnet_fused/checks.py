@@ -1,0 +1,77 @@
+"""What the arguments of the fused operators may be."""
+
+import torch
+
+# Types of the input, and for each those that its per-channel vectors may have.
+_VECTOR_TYPES = {
+    torch.float16: (torch.float16, torch.float32),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+}
+
+
+def check_device(name, tensor, input):
+    if tensor.device != input.device:
+        raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
+
+
+def _refuse_vector(name, vector, input):
+    channels = input.shape[1]
+    if vector.shape != (channels,):
+        raise ValueError(
+            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(vector.shape)}"
+        )
+    check_device(name, vector, input)
+    expected = " or ".join(map(str, _VECTOR_TYPES[input.dtype]))
+    raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
+
+
+def check_arguments(
+    input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps
+) -> None:
+    """Raise ValueError or TypeError where an argument is not what both ops take; says which, what it should be and is.
+
+    The raw ops refuse the same, in fewer words: on the hot path they check, and this explains.
+    """
+    vector_types = _VECTOR_TYPES.get(input.dtype)
+    if vector_types is None:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
+    channels, device = input.shape[1], input.device
+    if channels == 0:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("input_bias", input_bias),
+    ):
+        if vector is not None and not (
+            vector.shape == (channels,) and vector.dtype in vector_types and vector.device == device
+        ):
+            _refuse_vector(name, vector, input)
+    if (running_mean is None) != (running_var is None):
+        given = "running_mean" if running_var is None else "running_var"
+        raise ValueError(f"running_mean, running_var: expected both or neither, got only {given}")
+    if num_batches_tracked is not None:
+        if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
+            raise ValueError(
+                "num_batches_tracked: expected one int64, got shape "
+                f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}"
+            )
+        check_device("num_batches_tracked", num_batches_tracked, input)
+    elif momentum is None:
+        raise ValueError("momentum: None, the cumulative average, needs num_batches_tracked, got None for it")
+    if training:
+        if not eps > 0:
+            raise ValueError(f"eps: expected a number > 0 where batch statistics are used, got {eps}")
+        if input.numel() == channels:
+            raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
+    else:
+        if not eps >= 0:
+            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+        if running_mean is None:
+            raise ValueError("running_mean, running_var: expected both where training=False, got None")
