@@ -1,27 +1,29 @@
 // Every op's schema, on one screen. csrc/cpu and csrc/cuda register the kernels; the Python layer registers the fake
 // implementations (resnet_fused/ops.py) and the gradients (resnet_fused/autograd.py).
 //
-// The words are the same everywhere: input, residual, output, grad_*: (N, C, *); weight, bias, running_mean,
-// running_var, input_bias, mean, invstd, grad_weight, grad_bias: (C,); num_batches_tracked: one int64.
-// A gradient that was not asked for comes back undefined, None in Python.
+// The words are the same everywhere: input, residual, output, grad_*: (N, C, *); weight, bias, input_bias,
+// running_mean, running_var and their gradients: (C,); num_batches_tracked: one int64; statistics: (2, C), the mean and
+// the inverse standard deviation that normalised. A gradient that was not asked for comes back undefined, None in
+// Python.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(resnet_fused, m) {
   m.def(
-      "batch_norm_add_relu(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor? input_bias, bool training, float? momentum, "
-      "float eps) -> (Tensor output, Tensor mean, Tensor invstd)");
+      "batch_norm_add_relu(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? input_bias, "
+      "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
+      "float? momentum, float eps) -> (Tensor output, Tensor statistics)");
   m.def(
       "batch_norm_add_relu_backward(Tensor grad_output, Tensor input, Tensor output, Tensor? weight, Tensor? bias, "
-      "Tensor mean, Tensor invstd, bool training, bool need_input, bool need_residual, bool need_weight, "
-      "bool need_bias) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor? input_bias, Tensor statistics, bool training, bool need_input, bool need_residual, bool need_weight, "
+      "bool need_bias, bool need_input_bias) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, "
+      "Tensor grad_bias, Tensor grad_input_bias)");
   m.def(
-      "batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, Tensor? input_bias, bool training, float? momentum, float eps) "
-      "-> (Tensor output, Tensor mean, Tensor invstd)");
+      "batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? input_bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) "
+      "-> (Tensor output, Tensor statistics)");
   m.def(
-      "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
-      "Tensor invstd, bool training, bool need_input, bool need_weight, bool need_bias) "
-      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? input_bias, "
+      "Tensor statistics, bool training, bool need_input, bool need_weight, bool need_bias, bool need_input_bias) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input_bias)");
 }

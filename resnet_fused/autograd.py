@@ -7,23 +7,9 @@ formula: a raw op called there would give wrong second gradients with no more th
 
 import torch
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
-
-def _grad_input_bias(input_bias, grad_bias, weight, invstd, training):
-    """The gradient of a bias that was left out of input: batch statistics cancel it, running ones let it through."""
-    if training:
-        return torch.zeros_like(input_bias)  # zeros, not None: weight decay and DDP need a tensor
-    scale = invstd if weight is None else invstd * weight
-    return (grad_bias * scale).to(input_bias.dtype)
-
-
-def _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd):
-    """Gradients of both forwards' arguments, from the raw backward's: ``(grad_input, ..., grad_weight, grad_bias)``."""
-    *others, grad_bias = grads
-    grad_input_bias = None
-    if need_input_bias:
-        grad_input_bias = _grad_input_bias(input_bias, grad_bias, weight, invstd, ctx.training)
-    return *others, grad_bias if need_bias else None, None, None, None, grad_input_bias, None, None, None, None
+from .checks import check_arguments, check_device
 
 
 class _Forward(Function):
@@ -36,59 +22,60 @@ class _Forward(Function):
             return outputs[0]
 
         # PyTorch inspects the signature of a forward that has a setup_context on every call, 70 us of 120, and wraps
-        # the statistics, which setup_context must find among the outputs: 5 us each.
+        # the statistics, which setup_context must find among the outputs: 5 us.
         members = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
         cls._with_ctx = type(cls.__name__, (Function,), members)
 
     @classmethod
     def call(cls, *args):
         """The output, without the statistics that the op returns beside it."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or torch._C._are_functorch_transforms_active():
+            cls.check(*args)
             return cls.apply(*args)[0]
-        return cls._with_ctx.apply(*args)
-
-
-def _call_backward(function, *args):
-    """``function.apply``, or just its forward where nobody asked for the backward's graph (create_graph=True)."""
-    return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)
+        try:
+            return cls._with_ctx.apply(*args)
+        except RuntimeError:  # the op has refused its arguments: checking them here first would cost 8 us a call
+            cls.check(*args)
+            raise
 
 
 def _view_per_channel(tensor, input):
     return tensor.view(-1, *[1] * (input.dim() - 2))
 
 
-def _differentiable_backward(mask, training, eps, mean, invstd, grad_output, input, weight):
-    """Both ops' backward as a composition: (grad_input, grad_residual, grad_weight, grad_bias), in float64.
+def _differentiable_backward(mask, training, eps, statistics, grad_output, input, weight):
+    """Both ops' backward as a composition: (grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias).
 
-    With g = grad_output where mask, x^ = (input - mean) * invstd and n values per channel:
+    In float64. With g = grad_output where mask, x^ = (input - mean) * invstd and n values per channel:
     grad_bias = sum g, grad_weight = sum g x^, grad_residual = g, and grad_input = weight * invstd * g, less, where the
-    statistics are the batch's, weight * invstd * (grad_bias + x^ grad_weight) / n.
+    statistics are the batch's, weight * invstd * (grad_bias + x^ grad_weight) / n; grad_input_bias is grad_input's sum.
     """
     dims = [0, *range(2, input.dim())]
-    x = input.to(mean.dtype)
-    g = torch.where(mask, grad_output.to(mean.dtype), 0.0)
+    x = input.to(statistics.dtype)
+    g = torch.where(mask, grad_output.to(x.dtype), 0.0)
+    mean, invstd = statistics
     if training:
         variance, mean = torch.var_mean(x, dims, correction=0)
         invstd = torch.rsqrt(variance + eps)
     normalized = (x - _view_per_channel(mean, x)) * _view_per_channel(invstd, x)
     grad_bias = g.sum(dims)
     grad_weight = (g * normalized).sum(dims)
-    grad_input = g
+    scale = invstd if weight is None else invstd * weight
     if training:
         n = x.numel() // x.shape[1]
-        grad_input = g - (_view_per_channel(grad_bias, x) + normalized * _view_per_channel(grad_weight, x)) / n
-    scale = invstd if weight is None else invstd * weight
-    return grad_input * _view_per_channel(scale, x), g, grad_weight, grad_bias
+        projected = g - (_view_per_channel(grad_bias, x) + normalized * _view_per_channel(grad_weight, x)) / n
+        return projected * _view_per_channel(scale, x), g, grad_weight, grad_bias, torch.zeros_like(grad_bias)
+    return g * _view_per_channel(scale, x), g, grad_weight, grad_bias, grad_bias * scale
 
 
-def _double_backward(mask, training, eps, mean, invstd, primals, cotangents):
+def _double_backward(mask, training, eps, statistics, primals, cotangents):
     """Vector-Jacobian product of :func:`_differentiable_backward` with respect to (grad_output, input, weight), and,
     last, to a bias left out of input, which acts as input does, where the statistics are constants."""
     has_weight = primals[2] is not None
     primals = primals if has_weight else primals[:2]
 
     def backward(grad_output, input, weight=None):
-        return _differentiable_backward(mask, training, eps, mean, invstd, grad_output, input, weight)
+        return _differentiable_backward(mask, training, eps, statistics, grad_output, input, weight)
 
     outputs, vjp = torch.func.vjp(backward, *primals)
     cotangents = tuple(
@@ -104,162 +91,110 @@ class BatchNormAddReLU(_Forward):
     """``relu(batch_norm(input) + residual)``; saves input, output and per-channel vectors."""
 
     @staticmethod
-    def forward(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        input_bias,
-        training,
-        momentum,
-        eps,
-        ops,
-    ):
-        return ops.batch_norm_add_relu.default(
-            input,
-            residual,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            input_bias,
-            training,
-            momentum,
-            eps,
-        )
+    def check(input, residual, *arguments):
+        check_arguments(input, *arguments[:-1])
+        check_device("residual", residual, input)
+
+    @staticmethod
+    def forward(*args):
+        return args[-1].batch_norm_add_relu(*args[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        input, _, weight, bias, _, _, _, input_bias, ctx.training, _, ctx.eps, ctx.ops = inputs
-        output, mean, invstd = outputs
-        ctx.mark_non_differentiable(mean, invstd)
+        input, _, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
+        output, statistics = outputs
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, output, weight, bias, input_bias, mean, invstd)
+        ctx.save_for_backward(input, output, weight, bias, input_bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 12
-        input, output, weight, bias, input_bias, mean, invstd = ctx.saved_tensors
-        need_input, need_residual, need_weight, need_bias, _, _, _, need_input_bias, *_ = ctx.needs_input_grad
-        needed = (need_input, need_residual, need_weight, need_bias or (need_input_bias and not ctx.training))
-        grads = _call_backward(
-            BatchNormAddReLUBackward,
-            grad_output,
-            input,
-            output,
-            weight,
-            bias,
-            input_bias,
-            mean,
-            invstd,
-            ctx.training,
-            ctx.eps,
-            needed,
-            ctx.ops,
-        )
-        return _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd)
+        function = BatchNormAddReLUBackward
+        call = function.apply if torch.is_grad_enabled() else function.forward
+        needed = ctx.needs_input_grad[:5]
+        return *call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
 
 
 class BatchNormAddReLUBackward(Function):
     """The backward of :class:`BatchNormAddReLU`, differentiable in turn."""
 
     @staticmethod
-    def forward(grad_output, input, output, weight, bias, input_bias, mean, invstd, training, eps, needed, ops):
-        return ops.batch_norm_add_relu_backward.default(
-            grad_output, input, output, weight, bias, mean, invstd, training, *needed
-        )
+    def forward(*args):
+        return args[-1].batch_norm_add_relu_backward(*args[:-2])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        grad_output, input, output, weight, _, _, mean, invstd, ctx.training, ctx.eps, _, _ = inputs
+        grad_output, input, output, weight, _, _, statistics, ctx.training, *_, ctx.eps, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, output, weight, mean, invstd)
+        ctx.save_for_backward(grad_output, input, output, weight, statistics)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grad_output, input, output, weight, mean, invstd = ctx.saved_tensors
+        grad_output, input, output, weight, statistics = ctx.saved_tensors
         grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
-            ~(output <= 0), ctx.training, ctx.eps, mean, invstd, (grad_output, input, weight), cotangents
+            ~(output <= 0), ctx.training, ctx.eps, statistics, (grad_output, input, weight), cotangents
         )
-        return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 6
+        return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 9
 
 
 class BatchNormReLU(_Forward):
     """``relu(batch_norm(input))``; saves input and per-channel vectors, and recomputes the ReLU's mask from them."""
 
     @staticmethod
-    def forward(
-        input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps, ops
-    ):
-        return ops.batch_norm_relu.default(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps
-        )
+    def check(*arguments):
+        check_arguments(*arguments[:-1])
+
+    @staticmethod
+    def forward(*args):
+        return args[-1].batch_norm_relu(*args[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        input, weight, bias, _, _, _, input_bias, ctx.training, _, ctx.eps, ctx.ops = inputs
-        _, mean, invstd = outputs
-        ctx.mark_non_differentiable(mean, invstd)
+        input, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
+        _, statistics = outputs
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, input_bias, mean, invstd)
+        ctx.save_for_backward(input, weight, bias, input_bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 11
-        input, weight, bias, input_bias, mean, invstd = ctx.saved_tensors
-        need_input, need_weight, need_bias, _, _, _, need_input_bias, *_ = ctx.needs_input_grad
-        needed = (need_input, need_weight, need_bias or (need_input_bias and not ctx.training))
-        grads = _call_backward(
-            BatchNormReLUBackward,
-            grad_output,
-            input,
-            weight,
-            bias,
-            input_bias,
-            mean,
-            invstd,
-            ctx.training,
-            ctx.eps,
-            needed,
-            ctx.ops,
-        )
-        return _grads_of_arguments(ctx, grads, need_bias, need_input_bias, input_bias, weight, invstd)
+        function = BatchNormReLUBackward
+        call = function.apply if torch.is_grad_enabled() else function.forward
+        needed = ctx.needs_input_grad[:4]
+        return *call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
 
 
 class BatchNormReLUBackward(Function):
     """The backward of :class:`BatchNormReLU`, differentiable in turn."""
 
     @staticmethod
-    def forward(grad_output, input, weight, bias, input_bias, mean, invstd, training, eps, needed, ops):
-        return ops.batch_norm_relu_backward.default(grad_output, input, weight, bias, mean, invstd, training, *needed)
+    def forward(*args):
+        return args[-1].batch_norm_relu_backward(*args[:-2])
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        grad_output, input, weight, bias, _, mean, invstd, ctx.training, ctx.eps, _, _ = inputs
+        grad_output, input, weight, bias, _, statistics, ctx.training, *_, ctx.eps, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, weight, bias, mean, invstd)
+        ctx.save_for_backward(grad_output, input, weight, bias, statistics)
 
     @staticmethod
-    def backward(ctx, grad_weighted_input, grad_weighted_weight, grad_weighted_bias):
-        grad_output, input, weight, bias, mean, invstd = ctx.saved_tensors
+    def backward(ctx, grad_weighted_input, *grad_weighted_vectors):
+        grad_output, input, weight, bias, statistics = ctx.saved_tensors
+        mean, invstd = statistics
         scale = invstd if weight is None else invstd * weight
         output = (input - _view_per_channel(mean, input)) * _view_per_channel(scale, input)
         if bias is not None:
             output = output + _view_per_channel(bias, input)
-        cotangents = (grad_weighted_input, None, grad_weighted_weight, grad_weighted_bias)
         grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
             ~(output.to(input.dtype) <= 0),
             ctx.training,
             ctx.eps,
-            mean,
-            invstd,
+            statistics,
             (grad_output, input, weight),
-            cotangents,
+            (grad_weighted_input, None, *grad_weighted_vectors),
         )
-        return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 6
+        return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .ops import register_fakes
+from .ops import Ops, register_fakes
 
 
 @dataclass(frozen=True)
@@ -20,23 +20,33 @@ class Backend:
 
     name: str
     device_types: tuple[str, ...]
-    ops: object | None = None
+    ops: Ops | None = None
     unavailable: str | None = None  # cause and fix, where it cannot be used
     detail: str = ""  # for `python -m resnet_fused`
 
 
 _backends: dict[str, Backend] = {}
+_chosen = os.environ.get("RESNET_FUSED_BACKEND", "auto")
+_serving: dict[str, Backend] = {}  # device type -> the backend that the present choice means there
+
+
+def _choose(name: str) -> None:
+    global _chosen, _serving
+    candidates = _backends.values() if name == "auto" else [_backends[name]] if name in _backends else []
+    _chosen = name
+    _serving = {}
+    for backend in candidates:
+        for device_type in backend.device_types if backend.unavailable is None else ():
+            _serving.setdefault(device_type, backend)
 
 
 def register(
     name: str, namespace: str, device_types: tuple[str, ...], unavailable: str | None = None, detail: str = ""
 ) -> None:
     """Add the backend whose ops are ``torch.ops.<namespace>``; ``unavailable``: why they aren't, and the fix."""
-    ops = None
-    if unavailable is None:
-        register_fakes(namespace)
-        ops = getattr(torch.ops, namespace)
+    ops = register_fakes(namespace) if unavailable is None else None
     _backends[name] = Backend(name, device_types, ops, unavailable, detail)
+    _choose(_chosen)
 
 
 def _register_cpu() -> None:
@@ -77,7 +87,6 @@ def get(name: str) -> Backend:
     return backend
 
 
-_chosen = os.environ.get("RESNET_FUSED_BACKEND", "auto")
 if _chosen != "auto":
     get(_chosen)
 
@@ -89,45 +98,46 @@ def use_backend(name: str):
     A backward runs on its forward's backend, wherever it is called. ValueError where the backend is unknown or
     unavailable, and, at the call, where it cannot serve the input's device.
     """
-    global _chosen
     if name != "auto":
         get(name)
-    previous, _chosen = _chosen, name
+    previous = _chosen
+    _choose(name)
     try:
         yield
     finally:
-        _chosen = previous
+        _choose(previous)
+
+
+def device_type_of(tensor: torch.Tensor) -> str:
+    """``tensor.device.type``, which writes a string through a C++ stream: 6 us of 125 at 8 elements."""
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
 def select(device_type: str) -> Backend:
     """The backend for an input on ``device_type``."""
-    if _chosen != "auto":
-        backend = _backends[_chosen]
-        if backend.device_types and device_type not in backend.device_types:
-            raise ValueError(
-                f"backend {_chosen!r} serves inputs on {' or '.join(backend.device_types)}, got one on {device_type}"
-            )
-        return backend
-    missing = None
-    for backend in _backends.values():
-        if device_type in backend.device_types:
-            if backend.unavailable is None:
-                return backend
-            missing = missing or backend
-    _warn_of_fallback(device_type, missing)
+    return _serving.get(device_type) or _select_unserved(device_type)
+
+
+def _select_unserved(device_type: str) -> Backend:
+    if _chosen not in ("auto", "eager"):
+        served = " or ".join(_backends[_chosen].device_types)
+        raise ValueError(f"backend {_chosen!r} serves inputs on {served}, got one on {device_type}")
+    if _chosen == "auto":
+        _warn_of_fallback(device_type)
     return _backends["eager"]
 
 
 _warned: set[str] = set()
 
 
-def _warn_of_fallback(device_type: str, missing: Backend | None) -> None:
+def _warn_of_fallback(device_type: str) -> None:
     if device_type in _warned:
         return
     _warned.add(device_type)
-    cause = "there is none for it" if missing is None else f"{missing.name}: {missing.unavailable}"
+    missing = [f"{b.name}: {b.unavailable}" for b in _backends.values() if device_type in b.device_types]
+    cause = "; ".join(missing) or "there is none for it"
     warnings.warn(
         f"resnet_fused has no fused backend for {device_type} tensors and runs plain PyTorch operators ({cause}). "
         "`python -m resnet_fused` lists the backends; RESNET_FUSED_BACKEND=eager silences this warning.",
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -28,7 +28,7 @@ def _refuse_vector(name, vector, input):
 
 
 def check_arguments(
-    input, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps
+    input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
 ) -> None:
     """Raise ValueError or TypeError where an argument is not what both ops take; says which, what it should be and is.
 

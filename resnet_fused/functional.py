@@ -1,10 +1,8 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
-import torch
-
 from . import reference
 from .autograd import BatchNormAddReLU, BatchNormReLU
-from .backend import select
+from .backend import device_type_of, select
 from .checks import check_arguments, check_device
 
 
@@ -73,28 +71,23 @@ def batch_norm_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
     """
-    arguments = (weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps)
-    ops = select(input.device.type).ops
-    if ops is None or torch.compiler.is_compiling():
-        check_arguments(input, *arguments)
-    if ops is None:
-        return reference.batch_norm_relu(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            input_bias=input_bias,
-        )
-    try:
+    arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
+    ops = select(device_type_of(input)).ops
+    if ops is not None:
         return BatchNormReLU.call(input, *arguments, ops)
-    except RuntimeError:  # the op's own checks cost a third of these, but say less
-        check_arguments(input, *arguments)
-        raise
+    check_arguments(input, *arguments)
+    return reference.batch_norm_relu(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+        input_bias=input_bias,
+    )
 
 
 def batch_norm_add_relu(
@@ -141,31 +134,25 @@ def batch_norm_add_relu(
             num_batches_tracked=num_batches_tracked,
             input_bias=input_bias,
         )
-    arguments = (weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training, momentum, eps)
+    arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     if residual.shape != input.shape or residual.dtype != input.dtype:
         check_arguments(input, *arguments)
         residual = _like_input(residual, input)
-    ops = select(input.device.type).ops
-    if ops is None or torch.compiler.is_compiling():
-        check_arguments(input, *arguments)
-        check_device("residual", residual, input)
-    if ops is None:
-        return reference.batch_norm_add_relu(
-            input,
-            residual,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            input_bias=input_bias,
-        )
-    try:
+    ops = select(device_type_of(input)).ops
+    if ops is not None:
         return BatchNormAddReLU.call(input, residual, *arguments, ops)
-    except RuntimeError:
-        check_arguments(input, *arguments)
-        check_device("residual", residual, input)
-        raise
+    check_arguments(input, *arguments)
+    check_device("residual", residual, input)
+    return reference.batch_norm_add_relu(
+        input,
+        residual,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+        input_bias=input_bias,
+    )

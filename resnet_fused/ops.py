@@ -3,7 +3,10 @@
 The schemas are in csrc/ops.cpp. Every backend's namespace has the same four ops, so it registers the same fakes.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
 from .checks import check_arguments, check_device
@@ -11,7 +14,7 @@ from .checks import check_arguments, check_device
 
 def _statistics(input):
     # float64, whatever the input: rounded to float32, a mean of 1e4 is off by 5 % of a standard deviation of 1e-2.
-    return input.new_empty(input.shape[1], dtype=torch.float64)
+    return input.new_empty((2, input.shape[1]), dtype=torch.float64)
 
 
 def _like_input(input, needed=True):
@@ -30,7 +33,7 @@ def _per_channel(input, parameter, needed):
 
 def _batch_norm_relu(input, *arguments):
     check_arguments(input, *arguments)
-    return _like_input(input), _statistics(input), _statistics(input)
+    return _like_input(input), _statistics(input)
 
 
 def _batch_norm_add_relu(input, residual, *arguments):
@@ -39,46 +42,49 @@ def _batch_norm_add_relu(input, residual, *arguments):
 
 
 def _batch_norm_relu_backward(
-    grad_output, input, weight, bias, mean, invstd, training, need_input, need_weight, need_bias
+    grad_output,
+    input,
+    weight,
+    bias,
+    input_bias,
+    statistics,
+    training,
+    need_input,
+    need_weight,
+    need_bias,
+    need_input_bias,
 ):
     return (
         _like_input(input, need_input),
         _per_channel(input, weight, need_weight),
         _per_channel(input, bias, need_bias),
+        _per_channel(input, input_bias, need_input_bias),
     )
 
 
 def _batch_norm_add_relu_backward(
-    grad_output,
-    input,
-    output,
-    weight,
-    bias,
-    mean,
-    invstd,
-    training,
-    need_input,
-    need_residual,
-    need_weight,
-    need_bias,
+    grad_output, input, output, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
 ):
-    return (
-        _like_input(input, need_input),
-        _like_input(input, need_residual),
-        _per_channel(input, weight, need_weight),
-        _per_channel(input, bias, need_bias),
+    grad_input, *grad_vectors = _batch_norm_relu_backward(
+        grad_output, input, weight, bias, input_bias, statistics, training, need_input, *needed
     )
+    return grad_input, _like_input(input, need_residual), *grad_vectors
 
 
-_FAKES = {
-    "batch_norm_relu": _batch_norm_relu,
-    "batch_norm_relu_backward": _batch_norm_relu_backward,
-    "batch_norm_add_relu": _batch_norm_add_relu,
-    "batch_norm_add_relu_backward": _batch_norm_add_relu_backward,
-}
+class Ops(NamedTuple):
+    """A backend's ops, resolved once: looking them up on every call costs 2 us of 125 at 8 elements."""
+
+    batch_norm_relu: OpOverload
+    batch_norm_relu_backward: OpOverload
+    batch_norm_add_relu: OpOverload
+    batch_norm_add_relu_backward: OpOverload
 
 
-def register_fakes(namespace: str) -> None:
-    """Register the fake implementation of each op of ``torch.ops.<namespace>``."""
-    for name, fake in _FAKES.items():
+_FAKES = Ops(_batch_norm_relu, _batch_norm_relu_backward, _batch_norm_add_relu, _batch_norm_add_relu_backward)
+
+
+def register_fakes(namespace: str) -> Ops:
+    """Register the fake implementation of each op of ``torch.ops.<namespace>``; returns the ops."""
+    for name, fake in _FAKES._asdict().items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
+    return Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in Ops._fields))

@@ -85,7 +85,7 @@ FAULTS = [
     Fault("hooks bypassed", BLOCKS, "and not layer._forward_hooks", "", "blocks"),
     Fault("subclass bypassed", BLOCKS, "type(layer) is layer_class", "isinstance(layer, layer_class)", "blocks"),
     Fault("fuse ignores the forward", "resnet_fused/convert.py", "or _reason_of_forward(module)", "", "convert"),
-    Fault("backend forgotten", "resnet_fused/backend.py", "        _chosen = previous", "        pass", "backend"),
+    Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip
 

@@ -34,6 +34,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(backend_module, "_backends", backends)
     monkeypatch.setattr(backend_module, "_warned", set())
     monkeypatch.setattr(backend_module, "_chosen", "auto")
+    monkeypatch.setattr(backend_module, "_serving", dict(backend_module._serving))
     return backends
 
 

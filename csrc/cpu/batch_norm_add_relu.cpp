@@ -282,11 +282,11 @@ Statistics channel_statistics(const Plan& plan, const Moments* partial, int64_t 
   return {mean, m2 < 0 ? 0 : m2};  // below 0 by rounding; NaN stays
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& residual,
-                                           const OptionalTensor& weight, const OptionalTensor& bias,
-                                           const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                           const OptionalTensor& num_batches_tracked, const OptionalTensor& input_bias,
-                                           bool training, std::optional<double> momentum, double eps) {
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const OptionalTensor& input_bias,
+                                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                   const OptionalTensor& num_batches_tracked, bool training,
+                                   std::optional<double> momentum, double eps) {
   check_input(input);
   const ElementType type = element_type(input);
   const int64_t channels = input.size(1), count = input.numel() / channels;
@@ -321,10 +321,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   const void* r = nullptr;
   OptionalTensor dense_residual;
   if (residual) r = dense_residual.emplace(as_format(*residual, format)).data_ptr();
-  const Tensor mean = empty_vector(channels, aoti_torch_dtype_float64());
-  const Tensor invstd = empty_vector(channels, aoti_torch_dtype_float64());
-  double* means = static_cast<double*>(mean.data_ptr());
-  double* invstds = static_cast<double*>(invstd.data_ptr());
+  const std::array<int64_t, 2> statistics_sizes{2, channels}, statistics_strides{channels, 1};
+  const Tensor statistics =
+      empty_strided(2, statistics_sizes.data(), statistics_strides.data(), aoti_torch_dtype_float64());
+  double* means = static_cast<double*>(statistics.data_ptr());
+  double* invstds = means + channels;
 
   if (training && counter != nullptr) ++*counter;
   CoefficientBuffer coefficients(channels);
@@ -335,7 +336,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   };
   if (count == 0) {  // nothing to normalise: the statistics that come back are never used
     for (int64_t c = 0; c < channels; ++c) set_channel(c, 0, 1);
-    return {output, mean, invstd};
+    return {output, statistics};
   }
 
   const Plan plan = plan_of(input, format);
@@ -346,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
   if (!training) {
     for (int64_t c = 0; c < channels; ++c) set_channel(c, running_means[c] - dropped_bias[c], running_vars[c]);
     for_each_chunk(plan, normalize);
-    return {output, mean, invstd};
+    return {output, statistics};
   }
 
   const double n = static_cast<double>(count);
@@ -364,26 +365,31 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const OptionalTe
     }
   };
   for_each_chunk_twice(plan, moments, finish, normalize);
-  return {output, mean, invstd};
+  return {output, statistics};
 }
 
 // ---- Backward ----
 
 struct Needed {
-  bool input, residual, weight, bias;
+  bool input, residual, weight, bias, input_bias;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
-                                                    const OptionalTensor& output, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, const Tensor& mean,
-                                                    const Tensor& invstd, bool training, Needed needed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                                            const OptionalTensor& output, const OptionalTensor& weight,
+                                                            const OptionalTensor& bias,
+                                                            const OptionalTensor& input_bias, const Tensor& statistics,
+                                                            bool training, Needed needed) {
   check_input(input);
   check_like_input(grad_output, "grad_output", input);
   if (output) check_like_input(*output, "output", input);
   const ElementType type = element_type(input);
   const int64_t channels = input.size(1), count = input.numel() / channels;
   const PerChannel gamma(weight, "weight", channels, 1), beta(bias, "bias", channels, 0);
-  const PerChannel means(mean, "mean", channels, 0), invstds(invstd, "invstd", channels, 1);
+  STD_TORCH_CHECK(statistics.is_cpu() && statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
+                      statistics.numel() == 2 * channels,
+                  "statistics: expected a contiguous float64 CPU tensor of shape (2, ", channels, ")");
+  const double* means = static_cast<const double*>(statistics.data_ptr());
+  const double* invstds = means + channels;
 
   const MemoryFormat format = memory_format(input);
   const auto empty_if = [&](bool need) { return need ? empty_like(input, format) : Tensor(); };
@@ -393,17 +399,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
   };
   const Tensor grad_input = empty_if(needed.input), grad_residual = empty_if(needed.residual);
   const Tensor grad_weight = vector_if(needed.weight, weight), grad_bias = vector_if(needed.bias, bias);
+  const Tensor grad_input_bias = vector_if(needed.input_bias, input_bias);
   const auto vector_or_nothing = [&](bool need, const Tensor& tensor, const char* name) {
     return PerChannel(need ? OptionalTensor(tensor) : std::nullopt, name, channels, 0);
   };
   const PerChannel grad_gamma = vector_or_nothing(needed.weight, grad_weight, "grad_weight");
   const PerChannel grad_beta = vector_or_nothing(needed.bias, grad_bias, "grad_bias");
+  const PerChannel grad_dropped = vector_or_nothing(needed.input_bias, grad_input_bias, "grad_input_bias");
   if (count == 0) {
     for (int64_t c = 0; c < channels; ++c) {
       if (grad_gamma) grad_gamma.set(c, 0);
       if (grad_beta) grad_beta.set(c, 0);
+      if (grad_dropped) grad_dropped.set(c, 0);
     }
-    return {grad_input, grad_residual, grad_weight, grad_bias};
+    return {grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias};
   }
 
   const Tensor dy = as_format(grad_output, format), x = as_format(input, format);
@@ -438,56 +447,58 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, c
       coefficients.offset()[c] = sum / n - dropped * slope;
       if (grad_gamma) grad_gamma.set(c, dot * invstds[c]);
       if (grad_beta) grad_beta.set(c, sum);
+      // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
+      if (grad_dropped) grad_dropped.set(c, training ? 0 : sum * invstds[c] * gamma[c]);
     }
   };
   const Coefficients of_input = training ? coefficients.backward() : coefficients.forward();
   const auto apply = [&](Work work) {
     if (needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad_input.data_ptr());
   };
-  if (needed.residual || needed.weight || needed.bias || training) {
+  if (needed.residual || needed.weight || needed.bias || needed.input_bias || training) {
     for_each_chunk_twice(plan, sums, finish, apply);
   } else {
     for_each_chunk(plan, apply);
   }
-  return {grad_input, grad_residual, grad_weight, grad_bias};
+  return {grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias};
 }
 
 // ---- The ops ----
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
-                                                       OptionalTensor bias, OptionalTensor running_mean,
-                                                       OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                                       OptionalTensor input_bias, bool training,
-                                                       std::optional<double> momentum, double eps) {
-  return forward(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, input_bias, training,
+std::tuple<Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
+                                               OptionalTensor bias, OptionalTensor input_bias,
+                                               OptionalTensor running_mean, OptionalTensor running_var,
+                                               OptionalTensor num_batches_tracked, bool training,
+                                               std::optional<double> momentum, double eps) {
+  return forward(input, residual, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training,
                  momentum, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(Tensor grad_output, Tensor input, Tensor output,
-                                                                        OptionalTensor weight, OptionalTensor bias,
-                                                                        Tensor mean, Tensor invstd, bool training,
-                                                                        bool need_input, bool need_residual,
-                                                                        bool need_weight, bool need_bias) {
-  return backward(grad_output, input, output, weight, bias, mean, invstd, training,
-                  {need_input, need_residual, need_weight, need_bias});
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
+    Tensor grad_output, Tensor input, Tensor output, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor input_bias, Tensor statistics, bool training, bool need_input, bool need_residual, bool need_weight,
+    bool need_bias, bool need_input_bias) {
+  return backward(grad_output, input, output, weight, bias, input_bias, statistics, training,
+                  {need_input, need_residual, need_weight, need_bias, need_input_bias});
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
-                                                   OptionalTensor running_mean, OptionalTensor running_var,
-                                                   OptionalTensor num_batches_tracked, OptionalTensor input_bias,
-                                                   bool training, std::optional<double> momentum, double eps) {
-  return forward(input, std::nullopt, weight, bias, running_mean, running_var, num_batches_tracked, input_bias,
+std::tuple<Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                           OptionalTensor input_bias, OptionalTensor running_mean,
+                                           OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                           bool training, std::optional<double> momentum, double eps) {
+  return forward(input, std::nullopt, weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
                  training, momentum, eps);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input, OptionalTensor weight,
-                                                            OptionalTensor bias, Tensor mean, Tensor invstd,
-                                                            bool training, bool need_input, bool need_weight,
-                                                            bool need_bias) {
-  const auto [grad_input, grad_residual, grad_weight, grad_bias] =
-      backward(grad_output, input, std::nullopt, weight, bias, mean, invstd, training,
-               {need_input, false, need_weight, need_bias});
-  return {grad_input, grad_weight, grad_bias};
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input,
+                                                                    OptionalTensor weight, OptionalTensor bias,
+                                                                    OptionalTensor input_bias, Tensor statistics,
+                                                                    bool training, bool need_input, bool need_weight,
+                                                                    bool need_bias, bool need_input_bias) {
+  const auto [grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias] =
+      backward(grad_output, input, std::nullopt, weight, bias, input_bias, statistics, training,
+               {need_input, false, need_weight, need_bias, need_input_bias});
+  return {grad_input, grad_weight, grad_bias, grad_input_bias};
 }
 
 }  // namespace
