@@ -120,6 +120,9 @@ class Problem:
             )
         assert actual["output"].dtype == self.input.dtype
         assert actual.keys() == expected.keys()
+        # Where rounding, in one output of a million or so, decides the side of 0, the gradient follows the output.
+        flipped = (actual["output"] > 0).cpu() != (expected["output"] > 0)
+        assert flipped.sum() <= 1 + 1e-5 * flipped.numel()
         for name, value in actual.items():
             if name == "num_batches_tracked":
                 assert value.item() == expected[name].item()
@@ -132,5 +135,7 @@ class Problem:
                 continue
             leaf = getattr(self, name.removeprefix("grad_"), self.input)
             assert value.dtype == leaf.dtype, name
+            if name in ("grad_input", "grad_residual") and value.shape == flipped.shape:
+                value = torch.where(flipped.to(value.device), expected[name].to(value), value)
             assert_close(value, expected[name], self.input.dtype, scale, name)
         return actual
