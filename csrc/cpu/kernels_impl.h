@@ -175,7 +175,8 @@ class Columns {
   void clear() { __builtin_memset(values_, 0, sizeof(values_)); }
 
   // Each column gets its channel's value; per_channel starts at the block's first channel.
-  void fill(const Plan& plan, int64_t block, const double* per_channel) {
+  template <typename S>
+  void fill(const Plan& plan, int64_t block, const S* per_channel) {
     const int64_t group = plan.block_end(block) - plan.block_begin(block);
     acc_t<T> row[kMaxWidth];
     acc_t<T>* column = row;
@@ -195,8 +196,9 @@ class Columns {
     }
   }
 
-  // Adds, in double, each channel's columns to sums, which starts at the block's first channel.
-  void add_to(const Plan& plan, int64_t block, double* sums) const {
+  // Adds each channel's columns to sums, in its type; it starts at the block's first channel.
+  template <typename S>
+  void add_to(const Plan& plan, int64_t block, S* sums) const {
     const int64_t group = plan.block_end(block) - plan.block_begin(block);
     acc_t<T> row[kMaxWidth];
     for (int64_t k = 0; k * kLanes < plan.row_outer * group * plan.inner; ++k) {
@@ -206,12 +208,12 @@ class Columns {
     for (int64_t o = 0; o < plan.row_outer; ++o) {
       if (plan.inner == 1) {
 #pragma omp simd
-        for (int64_t c = 0; c < group; ++c) sums[c] += static_cast<double>(column[c]);
+        for (int64_t c = 0; c < group; ++c) sums[c] += static_cast<S>(column[c]);
         column += group;
       } else {
         for (int64_t c = 0; c < group; ++c, column += plan.inner) {
-          double sum = 0;
-          for (int64_t k = 0; k < plan.inner; ++k) sum += static_cast<double>(column[k]);
+          S sum = 0;
+          for (int64_t k = 0; k < plan.inner; ++k) sum += static_cast<S>(column[k]);
           sums[c] += sum;
         }
       }
@@ -294,19 +296,19 @@ inline void for_each_piece(int64_t at, int64_t length, F f) {
 // ---- Forward ----
 
 // Deviations are from an origin near the mean: sum(x^2) - sum(x)^2 / n on raw values would lose everything at mean 1e4,
-// std 1e-2. The origin is the mean of 1/32 of the chunk or more; the mean of a part p of the values is at most
-// std * sqrt((1 - p) / p) off, so that even adversarial data cost at most 5 bits.
+// std 1e-2. The origin is the mean of 1/64 of the chunk or more; the mean of a part p of the values is at most
+// std * sqrt((1 - p) / p) off, so that even adversarial data cost at most 6 bits.
 template <typename A>
-inline A origin_of(double sum, int64_t count) {
-  const A mean = static_cast<A>(sum / static_cast<double>(count));
+inline A origin_of(A mean) {
   return mean - mean == 0 ? mean : 0;  // an infinite origin would turn infinities into NaNs
 }
 
 template <typename T>
 void moments_of_runs(const Plan& plan, int64_t block, const Plan::Chunk& chunk, const T* input, Moments* result) {
   using A = acc_t<T>;
-  const int64_t part = (chunk.count() + 31) / 32, least = part > 16 ? part : 16;
+  const int64_t part = (chunk.count() + 63) / 64, least = part > 16 ? part : 16;
   const int64_t sampled = least < chunk.run() ? least : chunk.run();
+  const A weight = 1 / static_cast<A>(sampled);
   int64_t started = plan.block_begin(block);  // channels whose first run was met
   for_each_run(plan, block, chunk, [&](int64_t channel, int64_t at, int64_t length) {
     Moments& moments = result[channel];
@@ -314,9 +316,9 @@ void moments_of_runs(const Plan& plan, int64_t block, const Plan::Chunk& chunk, 
       A sum, unused;
       sum_words<T>(sampled, sum, unused, [&](int64_t k, auto lanes, A& a, A&) INLINED {
         const auto x = read<lanes.value>(input + at, k);
-        for (int lane = 0; lane < lanes.value; ++lane) a += Traits<T>::load(x, lane);
+        for (int lane = 0; lane < lanes.value; ++lane) a += Traits<T>::load(x, lane) * weight;
       });
-      moments = {origin_of<A>(sum, sampled), 0, 0};
+      moments = {origin_of(sum), 0, 0};
       ++started;
     }
     const A origin = static_cast<A>(moments.origin);
@@ -349,28 +351,25 @@ void moments_of_rows(const Plan& plan, int64_t block, const Plan::Chunk& chunk, 
   using A = acc_t<T>;
   const int64_t first = plan.block_begin(block), group = plan.block_end(block) - first;
   Columns<T> origin, sums, squares;
-  double channel_sums[kMaxWidth], channel_squares[kMaxWidth];
-  const auto clear = [&] {
-    sums.clear(), squares.clear();
-    for (int64_t c = 0; c < group; ++c) channel_sums[c] = channel_squares[c] = 0;
-  };
 
-  clear();
-  int64_t sampled = 0;  // the first row
+  sums.clear();
+  bool sampled = false;
   for_each_slab(plan, block, chunk, [&](int64_t at, int64_t, int64_t, int64_t slab_width) {
-    if (sampled > 0) return;
-    sampled = slab_width / group;
+    if (sampled) return;
+    sampled = true;  // the first row
+    const A weight = static_cast<A>(group) / static_cast<A>(slab_width);
     for_each_word<T>(slab_width, [&](int64_t k, auto lanes) INLINED {
       const auto x = read<lanes.value>(input + at, k);
-      for (int lane = 0; lane < lanes.value; ++lane) sums.at(k, lane) = Traits<T>::load(x, lane);
+      for (int lane = 0; lane < lanes.value; ++lane) sums.at(k, lane) = Traits<T>::load(x, lane) * weight;
     });
   });
-  sums.add_to(plan, block, channel_sums);
-  for (int64_t c = 0; c < group; ++c)
-    channel_sums[c] = result[first + c].origin = origin_of<A>(channel_sums[c], sampled);
-  origin.fill(plan, block, channel_sums);
+  A origins[kMaxWidth];
+  for (int64_t c = 0; c < group; ++c) origins[c] = 0;
+  sums.add_to(plan, block, origins);
+  for (int64_t c = 0; c < group; ++c) origins[c] = origin_of(origins[c]);
+  origin.fill(plan, block, origins);
 
-  clear();
+  sums.clear(), squares.clear();
   for_each_slab(plan, block, chunk, [&](int64_t at, int64_t rows, int64_t stride, int64_t slab_width) {
     for_each_rows(rows, [&](int64_t row, auto n) {
       const T* x = input + at + row * stride;
@@ -392,12 +391,11 @@ void moments_of_rows(const Plan& plan, int64_t block, const Plan::Chunk& chunk, 
       });
     });
   });
+  double channel_sums[kMaxWidth], channel_squares[kMaxWidth];
+  for (int64_t c = 0; c < group; ++c) channel_sums[c] = channel_squares[c] = 0;
   sums.add_to(plan, block, channel_sums);
   squares.add_to(plan, block, channel_squares);
-  for (int64_t c = 0; c < group; ++c) {
-    result[first + c].sum = channel_sums[c];
-    result[first + c].square = channel_squares[c];
-  }
+  for (int64_t c = 0; c < group; ++c) result[first + c] = {origins[c], channel_sums[c], channel_squares[c]};
 }
 
 template <typename T>
