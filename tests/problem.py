@@ -113,6 +113,12 @@ class Problem:
     def check(self, scale=1.0, clipped=(0.3, 0.7), **kwargs):
         """The package's results equal the reference's, whose ReLU clips a share of the outputs in that range."""
         actual, expected = self.run(**kwargs), self.reference(**kwargs)
+        edge = (actual["output"] > 0).cpu() != (expected["output"] > 0)
+        if edge.any():  # rounding decides the side of 0, in one output of a million or so: send no gradient there
+            assert edge.sum() <= 1 + 1e-5 * edge.numel()
+            grad_output = self.grad_output.masked_fill(edge.to(self.grad_output.device), 0)
+            problem = self.with_(grad_output=grad_output)
+            actual, expected = problem.run(**kwargs), problem.reference(**kwargs)
         if clipped is not None:
             share = (expected["output"] == 0).double().mean().item()
             assert clipped[0] <= share <= clipped[1], (
@@ -120,9 +126,6 @@ class Problem:
             )
         assert actual["output"].dtype == self.input.dtype
         assert actual.keys() == expected.keys()
-        # Where rounding, in one output of a million or so, decides the side of 0, the gradient follows the output.
-        flipped = (actual["output"] > 0).cpu() != (expected["output"] > 0)
-        assert flipped.sum() <= 1 + 1e-5 * flipped.numel()
         for name, value in actual.items():
             if name == "num_batches_tracked":
                 assert value.item() == expected[name].item()
@@ -135,7 +138,5 @@ class Problem:
                 continue
             leaf = getattr(self, name.removeprefix("grad_"), self.input)
             assert value.dtype == leaf.dtype, name
-            if name in ("grad_input", "grad_residual") and value.shape == flipped.shape:
-                value = torch.where(flipped.to(value.device), expected[name].to(value), value)
             assert_close(value, expected[name], self.input.dtype, scale, name)
         return actual

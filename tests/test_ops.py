@@ -108,12 +108,12 @@ SHAPES = [
     (2, 1, 9, 9),  # one channel
     (5, 3, 4, 4),
     (7, 6, 1, 1),  # inner = 1 in a contiguous tensor
-    (33, 63, 3, 3),  # one more image than a chunk of 32 rows, one channel less than a power of two
-    (40, 65, 6, 6),  # several chunks
+    (65, 63, 3, 3),  # one more image than a chunk of 64 rows, one channel less than a power of two
+    (70, 65, 6, 6),  # several chunks
     (40, 4, 8, 8),  # the shortest run of one channel; several images in a chunk
     (3, 10, 33, 33),  # an image of one chunk
     (2, 9, 130, 131),  # images of several chunks, of several pieces each
-    (3, 6, 600, 600),  # too large for the cache: channel by channel
+    (3, 5, 601, 933),  # too large for the cache in every type: channel by channel, past the cache, from odd addresses
     (3, 728, 5, 5),  # several blocks of channels (Xception's width)
     (2, 1100, 2, 2),  # more channels than columns: several blocks in channels_last
     (16, 48),  # (N, C)

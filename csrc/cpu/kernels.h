@@ -1,6 +1,10 @@
 // What the glue (batch_norm_add_relu.cpp) and the kernels (kernels_impl.h, compiled once per instruction set) share.
 #pragma once
 
+#if defined(__SSE2__)
+#include <emmintrin.h>  // here, as kernels_impl.h is compiled wide and includes nothing
+#endif
+
 #include "plan.h"
 
 namespace resnet_fused {

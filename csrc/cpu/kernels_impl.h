@@ -285,12 +285,46 @@ inline void for_each_row(const Plan& plan, Work work, const Coefficients& coeffi
 }
 
 // Calls f(at, length) for the pieces of a run whose sums may be kept in the accumulation type.
+constexpr int64_t kPiece = 2048;
 template <typename F>
 inline void for_each_piece(int64_t at, int64_t length, F f) {
-  constexpr int64_t kPiece = 2048;
   for (int64_t begin = 0; begin < length; begin += kPiece) {
     f(at + begin, length - begin < kPiece ? length - begin : kPiece);
   }
+}
+
+// Copies past the caches: lines written whole are not read first.
+template <typename T>
+inline void stream(T* target, const T* from, int64_t length) {
+#if defined(__SSE2__)
+  constexpr int64_t kVector = 16 / sizeof(T);
+  const int64_t aligned = (-reinterpret_cast<intptr_t>(target) & 15) / static_cast<int64_t>(sizeof(T));
+  const int64_t head = aligned < length ? aligned : length, vectors = (length - head) / kVector;
+  __builtin_memcpy(target, from, head * sizeof(T));
+  target += head, from += head, length -= head;
+  for (int64_t k = 0; k < vectors; ++k, target += kVector, from += kVector, length -= kVector) {
+    _mm_stream_ps(reinterpret_cast<float*>(target), _mm_loadu_ps(reinterpret_cast<const float*>(from)));
+  }
+#endif
+  __builtin_memcpy(target, from, length * sizeof(T));
+}
+
+// For other threads, orders what was streamed before what follows.
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls f(at, length, target) for the pieces of a run or row, to write their outputs from target on.
+template <typename T, typename F>
+inline void write_pieces(bool streams, T* output, int64_t at, int64_t length, F f) {
+  if (!streams) return f(at, length, output + at);
+  alignas(64) T buffer[kPiece];
+  for_each_piece(at, length, [&](int64_t begin, int64_t count) {
+    f(begin, count, buffer);
+    stream(output + begin, buffer, count);
+  });
 }
 
 // ---- Forward ----
@@ -428,12 +462,15 @@ void normalize(const Plan& plan, Work work, const Coefficients& coefficients, co
   const T *x = static_cast<const T*>(input), *r = static_cast<const T*>(residual);
   T* y = static_cast<T*>(output);
   for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, const auto& values) {
-    if (r != nullptr) {
-      normalize_row<T, true>(length, values, x + at, r + at, y + at);
-    } else {
-      normalize_row<T, false>(length, values, x + at, r, y + at);
-    }
+    write_pieces(plan.streams, y, at, length, [&](int64_t begin, int64_t count, T* target) {
+      if (r != nullptr) {
+        normalize_row<T, true>(count, values, x + begin, r + begin, target);
+      } else {
+        normalize_row<T, false>(count, values, x + begin, r, target);
+      }
+    });
   });
+  end_streams();
 }
 
 // ---- Backward ----
@@ -507,47 +544,54 @@ ALWAYS_INLINE void add_gradient(int64_t k, const V& values, const Gradient<T>& g
 }
 
 template <typename T, Mask kMask, bool kStore>
-void gradient_sums_of(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
-                      T* grad_residual, GradientSums* partial) {
+void gradient_sums_of_runs(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                           T* grad_residual, GradientSums* partial) {
+  using A = acc_t<T>;
+  for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
+    GradientSums* result = partial + index * plan.channels;
+    for (int64_t c = plan.block_begin(work.block); c < plan.block_end(work.block); ++c) result[c] = {0, 0};
+    for_each_run(plan, work.block, plan.chunk(index), [&](int64_t channel, int64_t at, int64_t length) {
+      const auto values = values_of<A>(coefficients, channel);
+      for_each_piece(at, length, [&](int64_t begin, int64_t count) {
+        const Gradient<T> gradient(source, begin);
+        T* target = kStore ? grad_residual + begin : nullptr;
+        A sum, dot;
+        sum_words<T>(count, sum, dot, [&](int64_t k, auto lanes, A& a, A& b) INLINED {
+          add_gradient<T, kMask, kStore, lanes.value>(k, values, gradient, target,
+                                                      [&](int, A g, A product) INLINED { a += g, b += product; });
+        });
+        result[channel].sum += sum;
+        result[channel].dot += dot;
+      });
+    });
+  }
+}
+
+template <typename T, Mask kMask, bool kStore>
+void gradient_sums_of_rows(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                           T* grad_residual, GradientSums* partial) {
   using A = acc_t<T>;
   const int64_t first = plan.block_begin(work.block), group = plan.block_end(work.block) - first;
-  const auto target = [&](int64_t at) { return kStore ? grad_residual + at : nullptr; };
-  const auto clear = [&](GradientSums* result) {
-    for (int64_t c = first; c < first + group; ++c) result[c] = {0, 0};
-  };
-  if (plan.runs) {
-    for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
-      GradientSums* result = partial + index * plan.channels;
-      clear(result);
-      for_each_run(plan, work.block, plan.chunk(index), [&](int64_t channel, int64_t at, int64_t length) {
-        const auto values = values_of<A>(coefficients, channel);
-        for_each_piece(at, length, [&](int64_t begin, int64_t count) {
-          const Gradient<T> gradient(source, begin);
-          A sum, dot;
-          sum_words<T>(count, sum, dot, [&](int64_t k, auto lanes, A& a, A& b) INLINED {
-            add_gradient<T, kMask, kStore, lanes.value>(k, values, gradient, target(begin),
-                                                        [&](int, A g, A product) INLINED { a += g, b += product; });
-          });
-          result[channel].sum += sum;
-          result[channel].dot += dot;
-        });
-      });
-    }
-    return;
-  }
   const CoefficientColumns<T> columns(plan, work.block, coefficients);
   Columns<T> sums, dots;
+  const auto add_row = [&](int64_t at, int64_t width, T* target) {
+    const Gradient<T> gradient(source, at);
+    for_each_word<T>(width, [&](int64_t k, auto lanes) INLINED {
+      add_gradient<T, kMask, kStore, lanes.value>(k, columns, gradient, target, [&](int lane, A g, A product) INLINED {
+        sums.at(k, lane) += g, dots.at(k, lane) += product;
+      });
+    });
+  };
   double channel_sums[kMaxWidth], channel_dots[kMaxWidth];
   for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
     sums.clear(), dots.clear();
     for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
       for (int64_t row = 0; row < rows; ++row, at += stride) {
-        const Gradient<T> gradient(source, at);
-        for_each_word<T>(width, [&](int64_t k, auto lanes) INLINED {
-          add_gradient<T, kMask, kStore, lanes.value>(
-              k, columns, gradient, target(at),
-              [&](int lane, A g, A product) INLINED { sums.at(k, lane) += g, dots.at(k, lane) += product; });
-        });
+        if (kStore) {
+          write_pieces(plan.streams, grad_residual, at, width, add_row);
+        } else {
+          add_row(at, width, nullptr);
+        }
       }
     });
     for (int64_t c = 0; c < group; ++c) channel_sums[c] = channel_dots[c] = 0;
@@ -556,6 +600,14 @@ void gradient_sums_of(const Plan& plan, Work work, const Coefficients& coefficie
     GradientSums* result = partial + index * plan.channels + first;
     for (int64_t c = 0; c < group; ++c) result[c] = {channel_sums[c], channel_dots[c]};
   }
+  end_streams();
+}
+
+template <typename T, Mask kMask, bool kStore>
+void gradient_sums_of(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
+                      T* grad_residual, GradientSums* partial) {
+  const auto sums = plan.runs ? gradient_sums_of_runs<T, kMask, kStore> : gradient_sums_of_rows<T, kMask, kStore>;
+  sums(plan, work, coefficients, source, grad_residual, partial);
 }
 
 template <typename T>
@@ -592,13 +644,16 @@ void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, c
   T* dx = static_cast<T*>(grad_input);
   with_mask(source, [&](auto mask) {
     for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, const auto& values) {
-      if (coefficients.slope == nullptr) {
-        grad_input_row<T, mask.value, true>(length, values, {source, at}, dx + at);
-      } else {
-        grad_input_row<T, mask.value, false>(length, values, {source, at}, dx + at);
-      }
+      write_pieces(plan.streams, dx, at, length, [&](int64_t begin, int64_t count, T* target) {
+        if (coefficients.slope == nullptr) {
+          grad_input_row<T, mask.value, true>(count, values, {source, begin}, target);
+        } else {
+          grad_input_row<T, mask.value, false>(count, values, {source, begin}, target);
+        }
+      });
     });
   });
+  end_streams();
 }
 
 template <typename T>

@@ -29,6 +29,7 @@ constexpr int64_t kCacheBytes = 1 << 24;  // a tensor of this size does not outl
 struct Plan {
   int64_t outer, channels, inner;
   bool runs;
+  bool streams;                      // outputs past the caches
   int64_t group;                     // channels of a block
   int64_t row_outer;                 // outer entries of a row: more than one only where all channels fit
   int64_t chunk_outer, chunk_inner;  // extent of a chunk
@@ -62,11 +63,12 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
   Plan plan{};
   plan.outer = outer, plan.channels = channels, plan.inner = inner;
   plan.runs = inner >= kMinRun;
+  plan.streams = outer * channels * inner * element_size >= kCacheBytes;
   plan.row_outer = 1;
   plan.chunk_inner = inner;
   if (plan.runs) {
     // In the order of memory, unless the tensor is so large that the second pass should find a channel in the cache.
-    const bool by_channel = outer * channels * inner * element_size >= kCacheBytes && inner * element_size >= kPage;
+    const bool by_channel = plan.streams && inner * element_size >= kPage;
     plan.group = by_channel && channels >= threads ? 1 : channels;
     plan.chunk_outer = ceil_div(outer, kRunChunks);
     const int64_t part = ceil_div(inner, ceil_div(kRunChunks, outer));
