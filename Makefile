@@ -34,7 +34,13 @@ mutate: setup
 bench: setup
 	@mkdir -p $(RESULTS)
 	$(BIN)/python -m benchmarks.tail --json $(RESULTS)/tail.json --plot $(RESULTS)/tail.png
+	$(BIN)/python -m benchmarks.tail --sizes --dtype float32 --rounds 3 --json $(RESULTS)/sizes.json --plot $(RESULTS)/sizes.png
+	$(BIN)/python -m benchmarks.overhead --json $(RESULTS)/overhead.json --plot $(RESULTS)/overhead.png
+	$(BIN)/python -m benchmarks.block --json $(RESULTS)/block.json --plot $(RESULTS)/block.png
 	$(BIN)/python -m benchmarks.resnet18 --json $(RESULTS)/resnet18.json --plot $(RESULTS)/resnet18.png
+	$(BIN)/python -m benchmarks.resnet18 --no-mallopt --providers fused --json $(RESULTS)/resnet18-no-mallopt.json
+	$(BIN)/python -m benchmarks.shares --json $(RESULTS)/shares.json
+	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(BIN)/python -m benchmarks.train --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
 
 lint: setup

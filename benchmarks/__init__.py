@@ -4,5 +4,7 @@ tail        the fused operator against PyTorch's three, at the shapes of ResNet-
 overhead    host time per call, where there is next to nothing to compute
 block       Residual against FusedResidual, per stage of ResNet-18
 resnet18    the whole network: a training step and inference
+shares      where the plain network's training step spends its time
+memory      peak resident memory of training steps, plain and fused
 train       the whole network really trained on handwritten digits, plain and fused side by side
 """

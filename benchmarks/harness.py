@@ -7,6 +7,7 @@ PyTorch, with which the others are compared. :func:`measure` lets the providers 
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -50,7 +51,7 @@ class Case:
 # Arguments and environment
 
 
-def make_parser(bench, description, batch_size, providers=(), default_providers=None):
+def make_parser(bench, description, batch_size, providers=(), default_providers=None, plots=True):
     """The arguments that every benchmark takes. ``providers``: those that may be chosen, beside eager."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{bench}",
@@ -59,12 +60,14 @@ def make_parser(bench, description, batch_size, providers=(), default_providers=
     )
     parser.set_defaults(bench=bench)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there (.png, .svg, .pdf)")
+    if plots:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there (.png, .svg, .pdf)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
     parser.add_argument("--batch-size", type=int, default=batch_size, help="default: %(default)s")
     parser.add_argument("--backend", default="auto", help="of the fused provider; default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    threads = [torch.get_num_threads()]
+    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="in turn; default: %(default)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
     parser.add_argument("--no-mallopt", action="store_true", help="leave malloc as it is: page faults are timed, too")
@@ -113,16 +116,16 @@ def _machine(args, malloc):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "resnet_fused": resnet_fused.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": args.threads,
         "mallopt": malloc,
     }
 
 
 @contextlib.contextmanager
 def session(args):
-    """Run under the arguments' threads, malloc settings and backend, alike for all providers; yields the machine."""
+    """Run under the arguments' malloc settings and backend, alike for all providers; yields the machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads[-1])
     machine = _machine(args, "left alone" if args.no_mallopt else _keep_freed_memory())
     print(", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None))
     try:
@@ -199,6 +202,7 @@ def make_rows(args, case, providers, times):
             "phase": case.phase,
             "provider": provider.name,
             "backend": provider.backend,
+            "threads": torch.get_num_threads(),
             "median_ms": median * 1e3,
             "p20_ms": p20 * 1e3,
             "p80_ms": p80 * 1e3,
@@ -209,9 +213,10 @@ def make_rows(args, case, providers, times):
 
 
 def run(args, cases):
-    """Set up and measure every case with the providers asked for; returns the rows."""
+    """Set up and measure every case with the threads and providers asked for; returns the rows."""
     rows = []
-    for case in tqdm(cases, desc=args.bench, disable=None):
+    for threads, case in tqdm(list(itertools.product(args.threads, cases)), desc=args.bench, disable=None):
+        torch.set_num_threads(threads)
         torch.manual_seed(0)
         providers = [p for p in case.setup() if p.name in ("eager", *args.providers)]
         rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds))
@@ -232,6 +237,7 @@ def print_table(rows, further_columns=None):
         "case": itemgetter("case"),
         "shape": size_of,
         **{name: itemgetter(name) for name in ("dtype", "memory_format", "device", "phase", "provider", "backend")},
+        "threads": lambda row: str(row["threads"]),
         "median ms": lambda row: f"{row['median_ms']:.4f}",
         "20 to 80 %": lambda row: f"{row['p20_ms']:.4f} to {row['p80_ms']:.4f}",
         "ratio to eager": lambda row: f"{row['ratio_to_eager']:.2f}",
@@ -256,7 +262,8 @@ def figure(args, machine, panels, size=(7, 5)):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
-    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
+    threads = " and ".join(map(str, machine["threads"]))
+    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {threads} threads, torch {machine['torch']}")
     yield figure.subplots(1, panels, squeeze=False)[0]
     args.plot.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.plot, dpi=120)
@@ -265,13 +272,17 @@ def figure(args, machine, panels, size=(7, 5)):
 def plot_ratios(args, machine, rows):
     """Bars of the speed relative to eager, with the milliseconds beside them; a panel per phase."""
     phases = list(dict.fromkeys(row["phase"] for row in rows))
-    series = list(dict.fromkeys((row["provider"], row["memory_format"]) for row in rows))
+
+    def series_of(row):
+        return row["provider"], row["memory_format"], f"{row['threads']} threads"
+
+    series = list(dict.fromkeys(map(series_of, rows)))
     groups = list(dict.fromkeys((row["case"], size_of(row), row["dtype"]) for row in rows))
     height = 0.8 / len(series)
     with figure(args, machine, len(phases), size=(7, 1.5 + 0.22 * len(series) * len(groups))) as panels:
         for axes, phase in zip(panels, phases, strict=True):
             for i, key in enumerate(series):
-                bars = [r for r in rows if r["phase"] == phase and (r["provider"], r["memory_format"]) == key]
+                bars = [r for r in rows if r["phase"] == phase and series_of(r) == key]
                 places = [groups.index((r["case"], size_of(r), r["dtype"])) + i * height for r in bars]
                 drawn = axes.barh(places, [r["ratio_to_eager"] for r in bars], height, label=", ".join(key))
                 axes.bar_label(drawn, [f"{r['median_ms']:.4g} ms" for r in bars], padding=2, fontsize=7)

@@ -98,7 +98,7 @@ def share_of_limit(rows):
     """The table's further column: least time, by what a copy took in the same case, over the time taken."""
 
     def key(row):
-        return row["shape"], row["dtype"], row["memory_format"], row["phase"]
+        return row["shape"], row["dtype"], row["memory_format"], row["phase"], row["threads"]
 
     copies = [(key(row), row["median_ms"]) for row in rows if row["provider"] == "copy"]
 
@@ -114,10 +114,11 @@ def print_means(rows):
     ratios = {}
     for row in rows:
         if row["phase"] == "forward+backward" and row["provider"] not in ("eager", "copy"):
-            ratios.setdefault((row["provider"], row["dtype"]), []).append(row["ratio_to_eager"])
-    for (provider, dtype), values in ratios.items():
+            key = row["provider"], row["dtype"], f"{row['threads']} threads"
+            ratios.setdefault(key, []).append(row["ratio_to_eager"])
+    for key, values in ratios.items():
         mean = statistics.geometric_mean(values)
-        print(f"{provider}, {dtype}, forward+backward: {mean:.2f}x eager, geometric mean of {len(values)} cases")
+        print(f"{', '.join(key)}, forward+backward: {mean:.2f}x eager, geometric mean of {len(values)} cases")
 
 
 def plot_ratios(args, machine, rows):
@@ -130,11 +131,12 @@ def plot_sizes(args, machine, rows):
     with harness.figure(args, machine, len(kinds)) as panels:
         for axes, kind in zip(panels, kinds, strict=True):
             of_kind = [row for row in rows if (row["dtype"], row["memory_format"]) == kind]
-            for name in dict.fromkeys(row["provider"] for row in of_kind):
-                line = [row for row in of_kind if row["provider"] == name]
+            for name, threads in dict.fromkeys((row["provider"], row["threads"]) for row in of_kind):
+                line = [row for row in of_kind if (row["provider"], row["threads"]) == (name, threads)]
                 sizes = [math.prod(row["shape"]) * harness.DTYPES[row["dtype"]].itemsize for row in line]
                 times = [row["median_ms"] for row in line]
-                axes.loglog(sizes, times, "--" if name == "copy" else "-", marker=".", label=name)
+                label = f"{name}, {threads} threads"
+                axes.loglog(sizes, times, "--" if name == "copy" else "-", marker=".", label=label)
             axes.set(title=", ".join(kind), xlabel="bytes per tensor", ylabel="forward+backward, ms")
             axes.legend()
 
@@ -148,6 +150,7 @@ def main(argv=None):
         metavar="BYTES",
         help="forward+backward over these sizes of a tensor instead; 1 KiB to 1 GiB where none are named",
     )
+    parser.set_defaults(dtype=["float32", "bfloat16"], threads=sorted({1, torch.get_num_threads()}))
     args = parser.parse_args(argv)
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))

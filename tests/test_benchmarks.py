@@ -14,7 +14,7 @@ ONE_ROUND = ["--memory-format", "contiguous", "--rounds", "1", "--seconds", "0",
 ALIKE = ["--device", "cpu", "--threads", "1", "--no-mallopt"]  # malloc would keep its settings for later tests
 RUNS = {
     "tail": ["--batch-size", "1", *ONE_ROUND, "copy"],
-    "tail-sizes": ["--sizes", "1024", "4096", *ONE_ROUND, "copy"],
+    "tail-sizes": ["--sizes", "1024", "4096", "--dtype", "float32", *ONE_ROUND, "copy"],
     "overhead": ONE_ROUND,
     "block": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
     "resnet18": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
@@ -30,6 +30,7 @@ ROW = {
     "phase": str,
     "provider": str,
     "backend": str,
+    "threads": int,
     "median_ms": float,
     "p20_ms": float,
     "p80_ms": float,
@@ -58,3 +59,17 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["provider"] != "eager" or row["ratio_to_eager"] == 1
     assert {"eager", "fused"} <= {row["provider"] for row in written["rows"]}
+
+
+@pytest.mark.parametrize("name, key", [("shares", "steps"), ("memory", "peaks")])
+def test_benchmark_without_times_writes_its_results(name, key, tmp_path):
+    results = tmp_path / f"{name}.json"
+    small = ["--image-size", "32", "--batch-size", "2", "--memory-format", "contiguous"]
+    importlib.import_module(f"benchmarks.{name}").main([*small, *ALIKE, "--json", str(results)])
+    written = json.loads(results.read_text())
+    assert written["machine"]["threads"] == [1]
+    for result in written[key]:
+        assert result["dtype"] == "float32" and result["memory_format"] == "contiguous"
+        figures = result["milliseconds"].values() if name == "shares" else [result["peak_mebibytes"]]
+        assert all(figure > 0 for figure in figures)
+    assert {"eager", "fused"} == {result.get("provider") for result in written[key]} or name == "shares"
