@@ -3,18 +3,24 @@
 //
 // The words are the same everywhere: input, residual, output, grad_*: (N, C, *); weight, bias, input_bias,
 // running_mean, running_var and their gradients: (C,); num_batches_tracked: one int64; statistics: (2, C), the mean and
-// the inverse standard deviation that normalised. A gradient that was not asked for comes back undefined, None in
-// Python.
+// the inverse standard deviation that normalised. mask: where the ReLU passed, one bit an element of the dense input as
+// a matrix, (N, C * prod(*)) or, in channels_last, (N * prod(*), C): bit j % 8 of byte j / 8 of a row, (rows, bytes);
+// or undefined, and then the output serves in its place. A gradient that was not asked for comes back undefined, too,
+// None in Python.
 
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(resnet_fused, m) {
+#ifndef RESNET_FUSED_LIBRARY  // the tests register a further one
+#define RESNET_FUSED_LIBRARY resnet_fused
+#endif
+
+STABLE_TORCH_LIBRARY(RESNET_FUSED_LIBRARY, m) {
   m.def(
       "batch_norm_add_relu(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? input_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "
-      "float? momentum, float eps) -> (Tensor output, Tensor statistics)");
+      "float? momentum, float eps) -> (Tensor output, Tensor statistics, Tensor mask)");
   m.def(
-      "batch_norm_add_relu_backward(Tensor grad_output, Tensor input, Tensor output, Tensor? weight, Tensor? bias, "
+      "batch_norm_add_relu_backward(Tensor grad_output, Tensor input, Tensor mask, Tensor? weight, Tensor? bias, "
       "Tensor? input_bias, Tensor statistics, bool training, bool need_input, bool need_residual, bool need_weight, "
       "bool need_bias, bool need_input_bias) -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight, "
       "Tensor grad_bias, Tensor grad_input_bias)");

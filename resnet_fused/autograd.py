@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .checks import check_arguments, check_device
+from .ops import unpack_mask
 
 
 class _Forward(Function):
@@ -88,7 +89,7 @@ def _double_backward(mask, training, eps, statistics, primals, cotangents):
 
 
 class BatchNormAddReLU(_Forward):
-    """``relu(batch_norm(input) + residual)``; saves input, output and per-channel vectors."""
+    """``relu(batch_norm(input) + residual)``; saves input, mask or else output, and per-channel vectors."""
 
     @staticmethod
     def check(input, residual, *arguments):
@@ -102,10 +103,10 @@ class BatchNormAddReLU(_Forward):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         input, _, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
-        output, statistics = outputs
-        ctx.mark_non_differentiable(statistics)
+        output, statistics, mask = outputs
+        ctx.mark_non_differentiable(statistics, *(() if mask is None else (mask,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, output, weight, bias, input_bias, statistics)
+        ctx.save_for_backward(input, output if mask is None else mask, weight, bias, input_bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
@@ -126,15 +127,20 @@ class BatchNormAddReLUBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        grad_output, input, output, weight, _, _, statistics, ctx.training, *_, ctx.eps, _ = inputs
+        grad_output, input, mask, weight, _, _, statistics, ctx.training, *_, ctx.eps, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(grad_output, input, output, weight, statistics)
+        ctx.save_for_backward(grad_output, input, mask, weight, statistics)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        grad_output, input, output, weight, statistics = ctx.saved_tensors
+        grad_output, input, mask, weight, statistics = ctx.saved_tensors
         grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
-            ~(output <= 0), ctx.training, ctx.eps, statistics, (grad_output, input, weight), cotangents
+            unpack_mask(mask, input) if mask.dtype == torch.uint8 else ~(mask <= 0),
+            ctx.training,
+            ctx.eps,
+            statistics,
+            (grad_output, input, weight),
+            cotangents,
         )
         return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 9
 

@@ -41,10 +41,18 @@ def _choose(name: str) -> None:
 
 
 def register(
-    name: str, namespace: str, device_types: tuple[str, ...], unavailable: str | None = None, detail: str = ""
+    name: str,
+    namespace: str,
+    device_types: tuple[str, ...],
+    unavailable: str | None = None,
+    detail: str = "",
+    masks: bool = False,
 ) -> None:
-    """Add the backend whose ops are ``torch.ops.<namespace>``; ``unavailable``: why they aren't, and the fix."""
-    ops = register_fakes(namespace) if unavailable is None else None
+    """Add the backend whose ops are ``torch.ops.<namespace>``.
+
+    ``unavailable``: why they aren't, and the fix; ``masks``: whether their forward writes the ReLU's mask as bits.
+    """
+    ops = register_fakes(namespace, masks) if unavailable is None else None
     _backends[name] = Backend(name, device_types, ops, unavailable, detail)
     _choose(_chosen)
 

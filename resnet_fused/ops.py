@@ -31,6 +31,23 @@ def _per_channel(input, parameter, needed):
     return input.new_empty(input.shape[1], dtype=torch.float64 if parameter is None else parameter.dtype)
 
 
+def _matrix_shape(input):
+    """Rows and columns of the dense input as csrc/ops.cpp takes it for a mask."""
+    if input.is_contiguous() or suggest_memory_format(input) == torch.contiguous_format:
+        return input.shape[0], input.numel() // input.shape[0] if input.shape[0] else 0
+    return input.numel() // input.shape[1], input.shape[1]
+
+
+def unpack_mask(mask, input):
+    """The mask's bits as booleans of the input's shape."""
+    rows, columns = _matrix_shape(input)
+    bits = (mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
+    values = bits.view(rows, -1)[:, :columns].bool()
+    if columns == input.shape[1] and input.dim() > 2:  # channels last
+        return values.reshape(input.shape[0], *input.shape[2:], columns).movedim(-1, 1)
+    return values.reshape(input.shape)
+
+
 def _batch_norm_relu(input, *arguments):
     check_arguments(input, *arguments)
     return _like_input(input), _statistics(input)
@@ -38,7 +55,14 @@ def _batch_norm_relu(input, *arguments):
 
 def _batch_norm_add_relu(input, residual, *arguments):
     check_device("residual", residual, input)
-    return _batch_norm_relu(input, *arguments)
+    return *_batch_norm_relu(input, *arguments), None
+
+
+def _batch_norm_add_relu_masked(input, residual, *arguments):
+    *outputs, _ = _batch_norm_add_relu(input, residual, *arguments)
+    training = arguments[-3]
+    rows, columns = _matrix_shape(input)
+    return *outputs, input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8) if training else None
 
 
 def _batch_norm_relu_backward(
@@ -63,7 +87,7 @@ def _batch_norm_relu_backward(
 
 
 def _batch_norm_add_relu_backward(
-    grad_output, input, output, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
+    grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
 ):
     grad_input, *grad_vectors = _batch_norm_relu_backward(
         grad_output, input, weight, bias, input_bias, statistics, training, need_input, *needed
@@ -83,8 +107,12 @@ class Ops(NamedTuple):
 _FAKES = Ops(_batch_norm_relu, _batch_norm_relu_backward, _batch_norm_add_relu, _batch_norm_add_relu_backward)
 
 
-def register_fakes(namespace: str) -> Ops:
-    """Register the fake implementation of each op of ``torch.ops.<namespace>``; returns the ops."""
-    for name, fake in _FAKES._asdict().items():
+def register_fakes(namespace: str, masks: bool) -> Ops:
+    """Register the fake implementation of each op of ``torch.ops.<namespace>``; returns the ops.
+
+    ``masks``: whether its forward writes the ReLU's mask, in training.
+    """
+    fakes = _FAKES._replace(batch_norm_add_relu=_batch_norm_add_relu_masked) if masks else _FAKES
+    for name, fake in fakes._asdict().items():
         torch.library.register_fake(f"{namespace}::{name}", fake)
     return Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in Ops._fields))

@@ -51,13 +51,13 @@ def _raw_calls(problem, ops, training):
     running = (problem.running_mean, problem.running_var, torch.tensor(3, device=problem.input.device))
     tail = (training, 0.1, 1e-5)
     x, r, g = problem.input, problem.residual, problem.grad_output
-    output, statistics = ops.batch_norm_add_relu(x, r, *vectors, *(s.clone() for s in running), *tail)
+    output, statistics, mask = ops.batch_norm_add_relu(x, r, *vectors, *(s.clone() for s in running), *tail)
     return [
         (ops.batch_norm_add_relu, (x, r, *vectors, *running, *tail)),
         (ops.batch_norm_relu, (x, *vectors, *running, *tail)),
         (
             ops.batch_norm_add_relu_backward,
-            (g, x, output, *vectors, statistics, training, True, True, True, True, True),
+            (g, x, output if mask is None else mask, *vectors, statistics, training, True, True, True, True, True),
         ),
         (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
     ]

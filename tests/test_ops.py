@@ -110,7 +110,8 @@ SHAPES = [
     (7, 6, 1, 1),  # inner = 1 in a contiguous tensor
     (65, 63, 3, 3),  # one more image than a chunk of 64 rows, one channel less than a power of two
     (70, 65, 6, 6),  # several chunks
-    (40, 4, 8, 8),  # the shortest run of one channel; several images in a chunk
+    (40, 4, 8, 8),  # the shortest run of one channel, in float64; several images in a chunk
+    (20, 4, 16, 16),  # and in the half types
     (3, 10, 33, 33),  # an image of one chunk
     (2, 9, 130, 131),  # images of several chunks, of several pieces each
     (3, 5, 601, 933),  # too large for the cache in every type: channel by channel, past the cache, from odd addresses

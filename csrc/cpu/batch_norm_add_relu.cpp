@@ -1,119 +1,20 @@
 // relu(batch_norm(input) [+ residual]) on the CPU: tensors in, kernels called, tensors out; both ops share all of it.
-//
-// Everything is checked here, before any memory is touched; what a refusal means to the user is said in Python, with
-// ValueError and TypeError (resnet_fused/checks.py), but only then: checking there first cost 8 us a call.
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <memory>
-#include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../arguments.h"
 #include "capability.h"
 
 namespace resnet_fused {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-constexpr int64_t kMaxDim = 64;  // of a PyTorch tensor
-
-// ---- Layout ----
-
-// Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what
-// Tensor::suggest_memory_format says, which the stable ABI lacks.
-bool has_channels_last_strides(const Tensor& tensor) {
-  const int64_t dim = tensor.dim();
-  if (dim != 4 && dim != 5) return false;
-  int64_t smallest = 0;
-  for (int64_t i = 0; i < dim; ++i) {
-    const int64_t d = i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;  // C, W, H, [D,] N
-    const int64_t size = tensor.size(d), stride = tensor.stride(d);
-    if (size == 0 || stride < smallest || (d == 1 && stride == 0)) return false;
-    smallest = stride * std::max<int64_t>(size, 1);
-  }
-  return true;
-}
-
-MemoryFormat memory_format(const Tensor& tensor) {
-  if (tensor.is_contiguous() || !has_channels_last_strides(tensor)) return MemoryFormat::Contiguous;
-  return tensor.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-}
-
-// The tensor itself where it is dense in that format, else a copy that is.
-Tensor as_format(const Tensor& tensor, MemoryFormat format) {
-  if (format == MemoryFormat::Contiguous) return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-  return torch::stable::contiguous(tensor, format);
-}
-
-// torch::stable::empty boxes, some 1.3 us a call and 5 of a backward's 18; this shim does not.
-Tensor empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-int32_t type_code(const Tensor& tensor) {
-  int32_t type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
-  return type;
-}
-
-Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  const auto sizes = input.sizes();
-  const int64_t dim = input.dim();
-  std::array<int64_t, kMaxDim> strides;
-  int64_t stride = 1;
-  const auto take = [&](int64_t d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
-  };
-  if (format != MemoryFormat::Contiguous) take(1);
-  for (int64_t d = dim - 1; d > 1; --d) take(d);
-  if (format == MemoryFormat::Contiguous) take(1);
-  take(0);
-  return empty_strided(dim, sizes.data(), strides.data(), type_code(input));
-}
-
-Tensor empty_vector(int64_t size, int32_t type) {
-  const int64_t stride = 1;
-  return empty_strided(1, &size, &stride, type);
-}
-
 Plan plan_of(const Tensor& input, MemoryFormat format) {
-  const int64_t batch = input.size(0), channels = input.size(1), inner = input.numel() / (batch * channels);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t size = static_cast<int64_t>(input.element_size());
-  if (format == MemoryFormat::Contiguous) return make_plan(batch, channels, inner, size, threads);
-  return make_plan(batch * inner, channels, 1, size, threads);
-}
-
-// ---- Types ----
-
-ElementType element_type(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return ElementType::float32;
-    case ScalarType::Double:
-      return ElementType::float64;
-    case ScalarType::BFloat16:
-      return ElementType::bfloat16;
-    case ScalarType::Half:
-      return ElementType::float16;
-    default:
-      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
-  }
+  const Extents e = extents_of(input, format);
+  return make_plan(e.outer, e.channels, e.inner, static_cast<int64_t>(input.element_size()),
+                   torch::stable::get_num_threads());
 }
 
 // A value as the kernels will see it after the conversion to their accumulation type.
@@ -125,15 +26,14 @@ double rounded(double value, ElementType type) {
 // Ranges of channels at a time: one by one, with the type asked each time, 512 took 10 us.
 class PerChannel {
  public:
-  PerChannel(const OptionalTensor& tensor, const char* name, int64_t channels, double otherwise)
-      : otherwise_(otherwise) {
-    if (!tensor) return;
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == 1 && tensor->size(0) == channels, name,
-                    ": expected a CPU tensor of shape (", channels, ",)");
-    data_ = static_cast<char*>(tensor->data_ptr());
-    type_ = tensor->scalar_type();
-    element_type(*tensor);
-    stride_ = tensor->stride(0);
+  PerChannel(const OptionalTensor& tensor, double otherwise) : otherwise_(otherwise) {
+    if (tensor) *this = PerChannel(*tensor);
+  }
+  explicit PerChannel(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    data_ = static_cast<char*>(tensor.data_ptr());
+    type_ = tensor.scalar_type();
+    stride_ = tensor.stride(0);
   }
 
   explicit operator bool() const { return data_ != nullptr; }
@@ -176,7 +76,7 @@ class PerChannel {
   char* data_ = nullptr;
   ScalarType type_ = ScalarType::Double;
   int64_t stride_ = 1;
-  double otherwise_;
+  double otherwise_ = 0;
 };
 
 // ---- The schedule ----
@@ -264,25 +164,6 @@ class CoefficientBuffer {
 
 // ---- Forward ----
 
-void check_input(const Tensor& input) {
-  STD_TORCH_CHECK(input.is_cpu() && input.dim() >= 2 && input.dim() <= kMaxDim && input.size(1) >= 1,
-                  "input: expected a CPU tensor (N, C, *) of 2 to ", kMaxDim, " dimensions with at least one channel");
-}
-
-// Per-channel vectors have the input's type, or float32 where that is a half type.
-void check_vector_type(const OptionalTensor& vector, const char* name, ScalarType input) {
-  const bool half = input == ScalarType::Half || input == ScalarType::BFloat16;
-  STD_TORCH_CHECK(!vector || vector->scalar_type() == input || (half && vector->scalar_type() == ScalarType::Float),
-                  name, ": expected the input's type, or float32 beside a half type");
-}
-
-void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
-  const auto sizes = tensor.sizes(), expected = input.sizes();
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == input.scalar_type() && sizes.size() == expected.size() &&
-                      std::equal(sizes.begin(), sizes.end(), expected.begin()),
-                  name, ": expected a CPU tensor of the input's shape and type");
-}
-
 // Joins the moments of the chunks, in their order (Chan et al.'s parallel update), to the mean and the sum of squared
 // deviations from it, m2, of channels [begin, end). Chunk by chunk, as its divisions then serve every channel: channel
 // by channel they took a fifth of a forward of 32x512x3x3.
@@ -302,59 +183,34 @@ void join_moments(const Plan& plan, const Moments* partial, int64_t begin, int64
   }
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& residual, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const OptionalTensor& input_bias,
-                                   const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                   const OptionalTensor& num_batches_tracked, bool training,
-                                   std::optional<double> momentum, double eps) {
-  check_input(input);
+ForwardResults forward(const ForwardArguments& a) {
+  a.check();
+  const Tensor& input = a.input;
+  STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
   const ElementType type = element_type(input);
-  const int64_t channels = input.size(1), count = input.numel() / channels;
-  for (const auto& [vector, name] : {std::pair{&weight, "weight"},
-                                     {&bias, "bias"},
-                                     {&running_mean, "running_mean"},
-                                     {&running_var, "running_var"},
-                                     {&input_bias, "input_bias"}}) {
-    check_vector_type(*vector, name, input.scalar_type());
-  }
-  const PerChannel gamma(weight, "weight", channels, 1), beta(bias, "bias", channels, 0);
-  const PerChannel running_means(running_mean, "running_mean", channels, 0);
-  const PerChannel running_vars(running_var, "running_var", channels, 1);
-  const PerChannel dropped_bias(input_bias, "input_bias", channels, 0);
-  STD_TORCH_CHECK(static_cast<bool>(running_means) == static_cast<bool>(running_vars),
-                  "running_mean, running_var: expected both or neither");
-  STD_TORCH_CHECK(training ? count != 1 : static_cast<bool>(running_means),
-                  "expected more than one value per channel in training, and running statistics otherwise");
-  STD_TORCH_CHECK(training ? eps > 0 : eps >= 0, "eps: expected more than 0 in training, and not less otherwise");
-  STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum: None needs num_batches_tracked");
-  int64_t* counter = nullptr;
-  if (num_batches_tracked) {
-    STD_TORCH_CHECK(num_batches_tracked->is_cpu() && num_batches_tracked->numel() == 1 &&
-                        num_batches_tracked->scalar_type() == ScalarType::Long,
-                    "num_batches_tracked: expected one int64 on the CPU");
-    counter = static_cast<int64_t*>(num_batches_tracked->data_ptr());
-  }
-  if (residual) check_like_input(*residual, "residual", input);
+  const int64_t channels = a.channels(), count = a.count();
+  const PerChannel gamma(a.weight, 1), beta(a.bias, 0), running_means(a.running_mean, 0),
+      running_vars(a.running_var, 1);
+  const PerChannel dropped_bias(a.input_bias, 0);
+  int64_t* counter = a.num_batches_tracked ? static_cast<int64_t*>(a.num_batches_tracked->data_ptr()) : nullptr;
 
   const MemoryFormat format = memory_format(input);
   const Tensor x = as_format(input, format), output = empty_like(input, format);
   const void* r = nullptr;
   OptionalTensor dense_residual;
-  if (residual) r = dense_residual.emplace(as_format(*residual, format)).data_ptr();
-  const std::array<int64_t, 2> statistics_sizes{2, channels}, statistics_strides{channels, 1};
-  const Tensor statistics =
-      empty_strided(2, statistics_sizes.data(), statistics_strides.data(), aoti_torch_dtype_float64());
+  if (a.residual) r = dense_residual.emplace(as_format(*a.residual, format)).data_ptr();
+  const Tensor statistics = empty_matrix(input, 2, channels, aoti_torch_dtype_float64());
   double* means = static_cast<double*>(statistics.data_ptr());
   double* invstds = means + channels;
 
-  if (training && counter != nullptr) ++*counter;
+  if (a.training && counter != nullptr) ++*counter;
   if (count == 0) {  // nothing to normalise: the statistics that come back are never used
     std::fill(means, means + 2 * channels, 0);
-    return {output, statistics};
+    return {output, statistics, Tensor()};
   }
   CoefficientBuffer coefficients(channels, type, gamma, beta);
   const auto set_coefficients = [&](int64_t begin, int64_t end, const double* variances) {
-    for (int64_t c = begin; c < end; ++c) invstds[c] = 1 / std::sqrt(variances[c] + eps);
+    for (int64_t c = begin; c < end; ++c) invstds[c] = 1 / std::sqrt(variances[c] + a.eps);
     coefficients.set(begin, end, means, invstds);
   };
 
@@ -363,7 +219,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& re
   const auto normalize = [&](Work work) {
     kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r, output.data_ptr());
   };
-  if (!training) {
+  if (!a.training) {
     double* dropped = coefficients.scratch();
     dropped_bias.read(0, channels, dropped);
     running_means.read(0, channels, means);
@@ -371,11 +227,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& re
     for (int64_t c = 0; c < channels; ++c) means[c] -= dropped[c];
     set_coefficients(0, channels, invstds);
     for_each_chunk(plan, normalize);
-    return {output, statistics};
+    return {output, statistics, Tensor()};
   }
 
   const double n = static_cast<double>(count);
-  const double factor = momentum ? *momentum : 1 / static_cast<double>(*counter);
+  const double factor = a.momentum ? *a.momentum : 1 / static_cast<double>(*counter);
   const auto partial = uninitialised<Moments>(plan.chunks * channels);
   const auto moments = [&](Work work) { kernel.moments(plan, work, x.data_ptr(), partial.get()); };
   const auto finish = [&](int64_t begin, int64_t end) {
@@ -398,70 +254,48 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const OptionalTensor& re
     set_coefficients(begin, end, variances);
   };
   for_each_chunk_twice(plan, moments, finish, normalize);
-  return {output, statistics};
+  return {output, statistics, Tensor()};
 }
 
 // ---- Backward ----
 
-struct Needed {
-  bool input, residual, weight, bias, input_bias;
-};
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
-                                                            const OptionalTensor& output, const OptionalTensor& weight,
-                                                            const OptionalTensor& bias,
-                                                            const OptionalTensor& input_bias, const Tensor& statistics,
-                                                            bool training, Needed needed) {
-  check_input(input);
-  check_like_input(grad_output, "grad_output", input);
-  if (output) check_like_input(*output, "output", input);
+BackwardResults backward(const BackwardArguments& a) {
+  a.check();
+  const Tensor& input = a.input;
+  STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
+  if (a.mask) check_like_input(*a.mask, "mask", input);  // the output itself: bits would save next to nothing here
   const ElementType type = element_type(input);
-  const int64_t channels = input.size(1), count = input.numel() / channels;
-  const PerChannel gamma(weight, "weight", channels, 1), beta(bias, "bias", channels, 0);
-  STD_TORCH_CHECK(statistics.is_cpu() && statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
-                      statistics.numel() == 2 * channels,
-                  "statistics: expected a contiguous float64 CPU tensor of shape (2, ", channels, ")");
-  const double* means = static_cast<const double*>(statistics.data_ptr());
+  const int64_t channels = a.channels(), count = a.count();
+  const PerChannel gamma(a.weight, 1), beta(a.bias, 0);
+  const double* means = static_cast<const double*>(a.statistics.data_ptr());
   const double* invstds = means + channels;
 
   const MemoryFormat format = memory_format(input);
-  const auto empty_if = [&](bool need) { return need ? empty_like(input, format) : Tensor(); };
-  const auto vector_if = [&](bool need, const OptionalTensor& parameter) {
-    if (!need) return Tensor();
-    return empty_vector(channels, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
-  };
-  const Tensor grad_input = empty_if(needed.input), grad_residual = empty_if(needed.residual);
-  const Tensor grad_weight = vector_if(needed.weight, weight), grad_bias = vector_if(needed.bias, bias);
-  const Tensor grad_input_bias = vector_if(needed.input_bias, input_bias);
-  const auto vector_or_nothing = [&](bool need, const Tensor& tensor, const char* name) {
-    return PerChannel(need ? OptionalTensor(tensor) : std::nullopt, name, channels, 0);
-  };
-  const PerChannel grad_gamma = vector_or_nothing(needed.weight, grad_weight, "grad_weight");
-  const PerChannel grad_beta = vector_or_nothing(needed.bias, grad_bias, "grad_bias");
-  const PerChannel grad_dropped = vector_or_nothing(needed.input_bias, grad_input_bias, "grad_input_bias");
+  const BackwardResults grad = empty_gradients(a, format);
+  const PerChannel grad_gamma(grad.weight), grad_beta(grad.bias), grad_dropped(grad.input_bias);
   if (count == 0) {
     const std::vector<double> zeros(channels);
     for (const PerChannel& gradient : {grad_gamma, grad_beta, grad_dropped}) gradient.write(0, channels, zeros.data());
-    return {grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias};
+    return grad;
   }
 
-  const Tensor dy = as_format(grad_output, format), x = as_format(input, format);
+  const Tensor dy = as_format(a.grad_output, format), x = as_format(input, format);
   GradientSource source{dy.data_ptr(), x.data_ptr(), nullptr, nullptr};
   OptionalTensor dense_output;
-  if (output) source.output = dense_output.emplace(as_format(*output, format)).data_ptr();
+  if (a.mask) source.output = dense_output.emplace(as_format(*a.mask, format)).data_ptr();
   const Plan plan = plan_of(input, format);
   const Kernels& kernel = kernels(type);
 
   CoefficientBuffer coefficients(channels, type, gamma, beta);
   coefficients.set(0, channels, means, invstds);
   GradientSource second_pass = source;  // finds the gradient masked, where the first pass had to write it anyway
-  if (needed.residual) second_pass.masked = grad_residual.data_ptr();
+  if (a.needed.residual) second_pass.masked = grad.residual.data_ptr();
 
   const double n = static_cast<double>(count);
   const auto partial = uninitialised<GradientSums>(plan.chunks * channels);
   const auto reduce = [&](Work work) {
     kernel.gradient_sums(plan, work, coefficients.forward(), source,
-                         needed.residual ? grad_residual.data_ptr() : nullptr, partial.get());
+                         a.needed.residual ? grad.residual.data_ptr() : nullptr, partial.get());
   };
   const auto finish = [&](int64_t begin, int64_t end) {
     double *sums = coefficients.offset(), *dots = coefficients.slope(), *gradient = coefficients.scratch();
@@ -472,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     }
     grad_beta.write(begin, end, sums);
     // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
-    for (int64_t c = begin; c < end; ++c) gradient[c] = training ? 0 : sums[c] * coefficients.scale()[c];
+    for (int64_t c = begin; c < end; ++c) gradient[c] = a.training ? 0 : sums[c] * coefficients.scale()[c];
     grad_dropped.write(begin, end, gradient);
     for (int64_t c = begin; c < end; ++c) {
       const double dropped = means[c] - coefficients.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
@@ -483,62 +317,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_o
     }
     grad_gamma.write(begin, end, gradient);
   };
-  const Coefficients of_input = training ? coefficients.backward() : coefficients.forward();
+  const Coefficients of_input = a.training ? coefficients.backward() : coefficients.forward();
   const auto apply = [&](Work work) {
-    if (needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad_input.data_ptr());
+    if (a.needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad.input.data_ptr());
   };
-  if (needed.residual || needed.weight || needed.bias || needed.input_bias || training) {
+  if (a.needed.residual || a.needed.weight || a.needed.bias || a.needed.input_bias || a.training) {
     for_each_chunk_twice(plan, reduce, finish, apply);
   } else {
     for_each_chunk(plan, apply);
   }
-  return {grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias};
+  return grad;
 }
 
-// ---- The ops ----
-
-std::tuple<Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
-                                               OptionalTensor bias, OptionalTensor input_bias,
-                                               OptionalTensor running_mean, OptionalTensor running_var,
-                                               OptionalTensor num_batches_tracked, bool training,
-                                               std::optional<double> momentum, double eps) {
-  return forward(input, residual, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training,
-                 momentum, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
-    Tensor grad_output, Tensor input, Tensor output, OptionalTensor weight, OptionalTensor bias,
-    OptionalTensor input_bias, Tensor statistics, bool training, bool need_input, bool need_residual, bool need_weight,
-    bool need_bias, bool need_input_bias) {
-  return backward(grad_output, input, output, weight, bias, input_bias, statistics, training,
-                  {need_input, need_residual, need_weight, need_bias, need_input_bias});
-}
-
-std::tuple<Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
-                                           OptionalTensor input_bias, OptionalTensor running_mean,
-                                           OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                           bool training, std::optional<double> momentum, double eps) {
-  return forward(input, std::nullopt, weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
-                 training, momentum, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(Tensor grad_output, Tensor input,
-                                                                    OptionalTensor weight, OptionalTensor bias,
-                                                                    OptionalTensor input_bias, Tensor statistics,
-                                                                    bool training, bool need_input, bool need_weight,
-                                                                    bool need_bias, bool need_input_bias) {
-  const auto [grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias] =
-      backward(grad_output, input, std::nullopt, weight, bias, input_bias, statistics, training,
-               {need_input, false, need_weight, need_bias, need_input_bias});
-  return {grad_input, grad_weight, grad_bias, grad_input_bias};
-}
+struct Cpu {
+  static ForwardResults forward(const ForwardArguments& arguments) { return resnet_fused::forward(arguments); }
+  static BackwardResults backward(const BackwardArguments& arguments) { return resnet_fused::backward(arguments); }
+};
 
 }  // namespace
 }  // namespace resnet_fused
 
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused, CPU, m) {
-  m.impl("batch_norm_add_relu", TORCH_BOX(&resnet_fused::batch_norm_add_relu));
-  m.impl("batch_norm_add_relu_backward", TORCH_BOX(&resnet_fused::batch_norm_add_relu_backward));
-  m.impl("batch_norm_relu", TORCH_BOX(&resnet_fused::batch_norm_relu));
-  m.impl("batch_norm_relu_backward", TORCH_BOX(&resnet_fused::batch_norm_relu_backward));
-}
+RESNET_FUSED_REGISTER(resnet_fused, CPU, resnet_fused::Cpu)

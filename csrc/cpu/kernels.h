@@ -5,11 +5,10 @@
 #include <emmintrin.h>  // here, as kernels_impl.h is compiled wide and includes nothing
 #endif
 
+#include "../element_type.h"
 #include "plan.h"
 
 namespace resnet_fused {
-
-enum class ElementType { float32, float64, bfloat16, float16 };
 
 // Of one channel over one chunk: sums of deviations from an origin near the mean, and of their squares.
 struct Moments {

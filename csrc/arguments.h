@@ -1,0 +1,314 @@
+// What the ops get, what it must be, and the tensors they make: the part that every backend shares, on PyTorch's stable
+// ABI.
+//
+// Everything is checked here, before any memory is touched; what a refusal means to the user is said in Python, with
+// ValueError and TypeError (resnet_fused/checks.py), but only then: checking there first cost 8 us a call.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+#include <utility>
+
+#include "element_type.h"
+
+namespace resnet_fused {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxDim = 64;  // of a PyTorch tensor
+
+// ---- Layout ----
+
+// Whether the strides order the dimensions as channels_last (or channels_last_3d) does; what
+// Tensor::suggest_memory_format says, which the stable ABI lacks.
+inline bool has_channels_last_strides(const Tensor& tensor) {
+  const int64_t dim = tensor.dim();
+  if (dim != 4 && dim != 5) return false;
+  int64_t smallest = 0;
+  for (int64_t i = 0; i < dim; ++i) {
+    const int64_t d = i == 0 ? 1 : i == dim - 1 ? 0 : dim - i;  // C, W, H, [D,] N
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 0 || stride < smallest || (d == 1 && stride == 0)) return false;
+    smallest = stride * std::max<int64_t>(size, 1);
+  }
+  return true;
+}
+
+inline MemoryFormat memory_format(const Tensor& tensor) {
+  if (tensor.is_contiguous() || !has_channels_last_strides(tensor)) return MemoryFormat::Contiguous;
+  return tensor.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+// The tensor itself where it is dense in that format, else a copy that is.
+inline Tensor as_format(const Tensor& tensor, MemoryFormat format) {
+  if (format == MemoryFormat::Contiguous) return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return torch::stable::contiguous(tensor, format);
+}
+
+// A dense tensor as the kernels see it: outer * channels * inner elements, in that order.
+struct Extents {
+  int64_t outer, channels, inner;
+};
+
+inline Extents extents_of(const Tensor& input, MemoryFormat format) {
+  const int64_t batch = input.size(0), channels = input.size(1), inner = input.numel() / (batch * channels);
+  if (format == MemoryFormat::Contiguous) return {batch, channels, inner};
+  return {batch * inner, channels, 1};
+}
+
+// ---- Types and devices ----
+
+inline ElementType element_type(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return ElementType::float32;
+    case ScalarType::Double:
+      return ElementType::float64;
+    case ScalarType::BFloat16:
+      return ElementType::bfloat16;
+    case ScalarType::Half:
+      return ElementType::float16;
+    default:
+      STD_TORCH_CHECK(false, "expected float16, bfloat16, float32 or float64");
+  }
+}
+
+inline int32_t type_code(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &type));
+  return type;
+}
+
+inline bool on_one_device(const Tensor& tensor, const Tensor& other) {
+  return tensor.is_cpu() ? other.is_cpu() : tensor.device() == other.device();
+}
+
+// ---- New tensors ----
+
+// torch::stable::empty boxes, some 1.3 us a call and 5 of a backward's 18; this shim does not.
+inline Tensor empty_strided(const Tensor& beside, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                            int32_t type) {
+  int32_t device_type = aoti_torch_device_type_cpu(), device_index = 0;
+  if (!beside.is_cpu()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &device_index));
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, type, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
+  const auto sizes = input.sizes();
+  const int64_t dim = input.dim();
+  std::array<int64_t, kMaxDim> strides;
+  int64_t stride = 1;
+  const auto take = [&](int64_t d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (format != MemoryFormat::Contiguous) take(1);
+  for (int64_t d = dim - 1; d > 1; --d) take(d);
+  if (format == MemoryFormat::Contiguous) take(1);
+  take(0);
+  return empty_strided(input, dim, sizes.data(), strides.data(), type_code(input));
+}
+
+inline Tensor empty_vector(const Tensor& beside, int64_t size, int32_t type) {
+  const int64_t stride = 1;
+  return empty_strided(beside, 1, &size, &stride, type);
+}
+
+inline Tensor empty_matrix(const Tensor& beside, int64_t rows, int64_t columns, int32_t type) {
+  const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
+  return empty_strided(beside, 2, sizes.data(), strides.data(), type);
+}
+
+// ---- Checks ----
+
+inline void check_input(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() >= 2 && input.dim() <= kMaxDim && input.size(1) >= 1,
+                  "input: expected (N, C, *) of 2 to ", kMaxDim, " dimensions with at least one channel");
+  element_type(input);
+}
+
+// (C,), of the input's type, or float32 where that is a half type.
+inline void check_vector(const OptionalTensor& vector, const char* name, const Tensor& input) {
+  if (!vector) return;
+  const ScalarType type = vector->scalar_type(), expected = input.scalar_type();
+  const bool half = expected == ScalarType::Half || expected == ScalarType::BFloat16;
+  STD_TORCH_CHECK(type == expected || (half && type == ScalarType::Float), name,
+                  ": expected the input's type, or float32 beside a half type");
+  STD_TORCH_CHECK(on_one_device(*vector, input) && vector->dim() == 1 && vector->size(0) == input.size(1), name,
+                  ": expected a tensor of shape (", input.size(1), ",) on the input's device");
+}
+
+inline void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
+  const auto sizes = tensor.sizes(), expected = input.sizes();
+  STD_TORCH_CHECK(on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() &&
+                      sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()),
+                  name, ": expected a tensor of the input's shape, type and device");
+}
+
+// ---- Arguments: those of csrc/ops.cpp ----
+
+struct ForwardArguments {
+  const Tensor& input;
+  const OptionalTensor &residual, &weight, &bias, &input_bias, &running_mean, &running_var, &num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+
+  int64_t channels() const { return input.size(1); }
+  int64_t count() const { return input.numel() / input.size(1); }  // values per channel
+
+  void check() const {
+    check_input(input);
+    for (const auto& [vector, name] : {std::pair{&weight, "weight"},
+                                       {&bias, "bias"},
+                                       {&running_mean, "running_mean"},
+                                       {&running_var, "running_var"},
+                                       {&input_bias, "input_bias"}}) {
+      check_vector(*vector, name, input);
+    }
+    STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+                    "running_mean, running_var: expected both or neither");
+    STD_TORCH_CHECK(training ? count() != 1 : running_mean.has_value(),
+                    "expected more than one value per channel in training, and running statistics otherwise");
+    STD_TORCH_CHECK(training ? eps > 0 : eps >= 0, "eps: expected more than 0 in training, and not less otherwise");
+    STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum: None needs num_batches_tracked");
+    if (num_batches_tracked) {
+      STD_TORCH_CHECK(on_one_device(*num_batches_tracked, input) && num_batches_tracked->numel() == 1 &&
+                          num_batches_tracked->scalar_type() == ScalarType::Long,
+                      "num_batches_tracked: expected one int64 on the input's device");
+    }
+    if (residual) check_like_input(*residual, "residual", input);
+  }
+};
+
+struct Needed {
+  bool input, residual, weight, bias, input_bias;
+};
+
+struct BackwardArguments {
+  const Tensor &grad_output, &input;
+  const OptionalTensor &mask, &weight, &bias, &input_bias;
+  const Tensor& statistics;
+  bool training;
+  Needed needed;
+
+  int64_t channels() const { return input.size(1); }
+  int64_t count() const { return input.numel() / input.size(1); }
+
+  void check() const {
+    check_input(input);
+    check_like_input(grad_output, "grad_output", input);
+    check_vector(weight, "weight", input);
+    check_vector(bias, "bias", input);
+    check_vector(input_bias, "input_bias", input);
+    STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
+                        statistics.is_contiguous() && statistics.numel() == 2 * channels(),
+                    "statistics: expected a contiguous float64 tensor of shape (2, ", channels(),
+                    ") on the input's device");
+  }
+};
+
+struct ForwardResults {
+  Tensor output, statistics, mask;
+};
+
+struct BackwardResults {
+  Tensor input, residual, weight, bias, input_bias;
+};
+
+// The gradients that are asked for, to be written.
+inline BackwardResults empty_gradients(const BackwardArguments& a, MemoryFormat format) {
+  const auto like_input = [&](bool need) { return need ? empty_like(a.input, format) : Tensor(); };
+  const auto vector = [&](bool need, const OptionalTensor& parameter) {
+    if (!need) return Tensor();
+    return empty_vector(a.input, a.channels(), parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
+  };
+  return {like_input(a.needed.input), like_input(a.needed.residual), vector(a.needed.weight, a.weight),
+          vector(a.needed.bias, a.bias), vector(a.needed.input_bias, a.input_bias)};
+}
+
+// ---- The ops of a backend, which has forward and backward ----
+
+template <typename Backend>
+struct Ops {
+  static std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
+                                                                OptionalTensor bias, OptionalTensor input_bias,
+                                                                OptionalTensor running_mean, OptionalTensor running_var,
+                                                                OptionalTensor num_batches_tracked, bool training,
+                                                                std::optional<double> momentum, double eps) {
+    const OptionalTensor added(std::move(residual));
+    auto [output, statistics, mask] = Backend::forward({input, added, weight, bias, input_bias, running_mean,
+                                                        running_var, num_batches_tracked, training, momentum, eps});
+    return {output, statistics, mask};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
+      Tensor grad_output, Tensor input, Tensor mask, OptionalTensor weight, OptionalTensor bias,
+      OptionalTensor input_bias, Tensor statistics, bool training, bool need_input, bool need_residual,
+      bool need_weight, bool need_bias, bool need_input_bias) {
+    const OptionalTensor given(std::move(mask));
+    auto grad = Backend::backward({grad_output,
+                                   input,
+                                   given,
+                                   weight,
+                                   bias,
+                                   input_bias,
+                                   statistics,
+                                   training,
+                                   {need_input, need_residual, need_weight, need_bias, need_input_bias}});
+    return {grad.input, grad.residual, grad.weight, grad.bias, grad.input_bias};
+  }
+
+  static std::tuple<Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                                    OptionalTensor input_bias, OptionalTensor running_mean,
+                                                    OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                                    bool training, std::optional<double> momentum, double eps) {
+    const OptionalTensor none;
+    auto results = Backend::forward({input, none, weight, bias, input_bias, running_mean, running_var,
+                                     num_batches_tracked, training, momentum, eps});
+    return {results.output, results.statistics};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
+      Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor input_bias,
+      Tensor statistics, bool training, bool need_input, bool need_weight, bool need_bias, bool need_input_bias) {
+    const OptionalTensor none;
+    auto grad = Backend::backward({grad_output,
+                                   input,
+                                   none,
+                                   weight,
+                                   bias,
+                                   input_bias,
+                                   statistics,
+                                   training,
+                                   {need_input, false, need_weight, need_bias, need_input_bias}});
+    return {grad.input, grad.weight, grad.bias, grad.input_bias};
+  }
+};
+
+}  // namespace resnet_fused
+
+// At namespace scope: Backend's ops for one dispatch key of a library.
+#define RESNET_FUSED_REGISTER(library, key, Backend)                                       \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                             \
+    using Ops = resnet_fused::Ops<Backend>;                                                \
+    m.impl("batch_norm_add_relu", TORCH_BOX(&Ops::batch_norm_add_relu));                   \
+    m.impl("batch_norm_add_relu_backward", TORCH_BOX(&Ops::batch_norm_add_relu_backward)); \
+    m.impl("batch_norm_relu", TORCH_BOX(&Ops::batch_norm_relu));                           \
+    m.impl("batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_relu_backward));         \
+  }
