@@ -8,7 +8,8 @@ BUILT := $(VENV)/built
 
 # pip's isolation would build against another copy of torch, downloaded for the build alone.
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
+SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
 .PHONY: setup test test-slow mutate bench lint format clean
 .DELETE_ON_ERROR:
@@ -46,12 +47,12 @@ bench: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.[ch]*)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.[ch]*)
 
 clean:
 	rm -rf $(VENV) build *.egg-info resnet_fused/*.so $(RESULTS)

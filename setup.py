@@ -50,7 +50,7 @@ setup(
     ext_modules=[
         CppExtension(
             "resnet_fused._C",
-            sorted(str(path) for path in Path("csrc").rglob("*.cpp")),
+            sorted(str(path) for path in [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
             depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
             define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")],
             extra_compile_args=[

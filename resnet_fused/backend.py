@@ -22,6 +22,7 @@ class Backend:
     device_types: tuple[str, ...]
     ops: Ops | None = None
     unavailable: str | None = None  # cause and fix, where it cannot be used
+    masks: bool = False  # whether its forward writes the ReLU's mask as bits, in training
     detail: str = ""  # for `python -m resnet_fused`
 
 
@@ -45,15 +46,15 @@ def register(
     namespace: str,
     device_types: tuple[str, ...],
     unavailable: str | None = None,
-    detail: str = "",
     masks: bool = False,
+    detail: str = "",
 ) -> None:
     """Add the backend whose ops are ``torch.ops.<namespace>``.
 
-    ``unavailable``: why they aren't, and the fix; ``masks``: whether their forward writes the ReLU's mask as bits.
+    The other arguments are those of :class:`Backend`.
     """
     ops = register_fakes(namespace, masks) if unavailable is None else None
-    _backends[name] = Backend(name, device_types, ops, unavailable, detail)
+    _backends[name] = Backend(name, device_types, ops, unavailable, masks, detail)
     _choose(_chosen)
 
 
@@ -68,7 +69,7 @@ def _register_cpu() -> None:
             f"the C++ extension resnet_fused._C does not load ({error}); build it with `pip install .`, or, in a "
             "checkout, `pip install -e . --no-build-isolation`"
         )
-    register("cpu", "resnet_fused", ("cpu",), unavailable, detail)
+    register("cpu", "resnet_fused", ("cpu",), unavailable, detail=detail)
 
 
 _register_cpu()

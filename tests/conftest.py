@@ -1,20 +1,38 @@
 """Fixtures: the backends, dtypes and layouts of every correctness test. A new backend joins by one line of BACKENDS."""
 
+import math
+
 import pytest
 import torch
 
 import resnet_fused
 from resnet_fused import use_backend
 
-BACKENDS = {"cpu": "cpu"}  # name -> device on which it is tested
+from . import cuda_on_cpu
+
+BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}  # name -> device on which it is tested
+LARGEST_EMULATED = 50_000  # elements: an emulated kernel takes microseconds for each
 
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave large shapes out where the backend is an emulated one."""
+
+    def is_too_large(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        shape = parameters.get("shape", ())
+        return parameters.get("backend") == cuda_on_cpu.BACKEND and math.prod(shape) > LARGEST_EMULATED
+
+    config.hook.pytest_deselected(items=[item for item in items if is_too_large(item)])
+    items[:] = [item for item in items if not is_too_large(item)]
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each fused backend in turn, in use for the whole test."""
+    cuda_on_cpu.load_if_named(request.param)
     if request.param not in resnet_fused.available_backends():
         pytest.fail(f"backend {request.param} is not available: python -m resnet_fused says why")
     with use_backend(request.param):

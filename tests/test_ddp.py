@@ -8,6 +8,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_fused import FusedResidual, Residual, use_backend
 
+from . import cuda_on_cpu
+
 STEPS, RANKS = 3, 2
 
 
@@ -20,6 +22,7 @@ def _network(block):
 def _train(rank, folder, backend):
     """Each rank sees its own images, so that gradients differ, and saves what it ends with: plain's, then fused's."""
     torch.set_num_threads(1)
+    cuda_on_cpu.load_if_named(backend)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     results = []
     with use_backend(backend):

@@ -11,6 +11,11 @@
 namespace resnet_fused {
 namespace {
 
+struct Cpu {
+  static ForwardResults forward(const ForwardArguments&);
+  static BackwardResults backward(const BackwardArguments&);
+};
+
 Plan plan_of(const Tensor& input, MemoryFormat format) {
   const Extents e = extents_of(input, format);
   return make_plan(e.outer, e.channels, e.inner, static_cast<int64_t>(input.element_size()),
@@ -183,7 +188,7 @@ void join_moments(const Plan& plan, const Moments* partial, int64_t begin, int64
   }
 }
 
-ForwardResults forward(const ForwardArguments& a) {
+ForwardResults Cpu::forward(const ForwardArguments& a) {
   a.check();
   const Tensor& input = a.input;
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
@@ -259,7 +264,7 @@ ForwardResults forward(const ForwardArguments& a) {
 
 // ---- Backward ----
 
-BackwardResults backward(const BackwardArguments& a) {
+BackwardResults Cpu::backward(const BackwardArguments& a) {
   a.check();
   const Tensor& input = a.input;
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
@@ -328,11 +333,6 @@ BackwardResults backward(const BackwardArguments& a) {
   }
   return grad;
 }
-
-struct Cpu {
-  static ForwardResults forward(const ForwardArguments& arguments) { return resnet_fused::forward(arguments); }
-  static BackwardResults backward(const BackwardArguments& arguments) { return resnet_fused::backward(arguments); }
-};
 
 }  // namespace
 }  // namespace resnet_fused

@@ -1,0 +1,725 @@
+// relu(batch_norm(input) [+ residual]) on a GPU: device code, then launchers.
+//
+// Forward: `statistics` sums, and the last block to arrive at a channel finishes it; `normalize` does the rest.
+// Backward: `gradient_sums`, finished likewise; `input_gradient`. All four walk the matrix that plan.h describes; the
+// second of each pair backwards, as the first one leaves its end in L2. Every sum has one order, so that reruns are
+// bit-equal.
+
+#include "kernels.h"
+#include "launch.cuh"
+#include "memory.cuh"
+#include "reduce.cuh"
+
+namespace resnet_fused::cuda {
+namespace {
+
+// ---- Element types ----
+
+template <typename T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <typename T>
+using acc_t = typename Accumulation<T>::type;
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(acc_t<T> value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// Calls f(T{}) with the element type, on the host or on the device as f is.
+#pragma nv_exec_check_disable
+template <typename F>
+__host__ __device__ __forceinline__ void with_type(ElementType type, F f) {
+  switch (type) {
+    case ElementType::float32:
+      return f(float{});
+    case ElementType::float64:
+      return f(double{});
+    case ElementType::bfloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(__half{});
+  }
+}
+
+// ---- Per-channel vectors ----
+
+__device__ __forceinline__ double load(const ChannelVector& vector, int64_t channels, int64_t c, double otherwise) {
+  double value = otherwise;
+  if (vector.data != nullptr) {
+    with_type(vector.type, [&](auto element) {
+      using T = decltype(element);
+      const Global<const T> elements(static_cast<const T*>(vector.data), (channels - 1) * vector.stride + 1);
+      value = static_cast<double>(widen(elements.load(c * vector.stride)));
+    });
+  }
+  return value;
+}
+
+__device__ __forceinline__ void store(const ChannelVector& vector, int64_t channels, int64_t c, double value) {
+  if (vector.data == nullptr) return;
+  with_type(vector.type, [&](auto element) {
+    using T = decltype(element);
+    const Global<T> elements(static_cast<T*>(vector.data), (channels - 1) * vector.stride + 1);
+    elements.store(c * vector.stride, narrow<T>(static_cast<acc_t<T>>(value)));
+  });
+}
+
+// What both passes of a kind compute output and mask from, so that they get the same bits:
+//   (input - mean) * scale + shift, the mean rounded to A, and what that dropped made up for in the shift: at mean 1e4
+// and std 1e-2 it is 5 % of the std.
+template <typename A>
+struct Coefficients {
+  A mean, scale, shift;
+
+  __device__ __forceinline__ Coefficients(double exact_mean, double invstd, double weight, double bias)
+      : mean(static_cast<A>(exact_mean)), scale(static_cast<A>(invstd * weight)) {
+    const double dropped = exact_mean - static_cast<double>(mean);
+    const bool exact = dropped == 0 || dropped != dropped;
+    shift = static_cast<A>(exact ? bias : bias - dropped * static_cast<double>(scale));
+  }
+};
+
+// One fused multiply-add, by name: the compiler may not contract it in one pass and not in the other.
+__device__ __forceinline__ float normalized(float centered, float scale, float shift) {
+  return fmaf(centered, scale, shift);
+}
+__device__ __forceinline__ double normalized(double centered, double scale, double shift) {
+  return fma(centered, scale, shift);
+}
+
+// ---- Where a block and a thread stand ----
+
+template <int kWidth>
+struct Position {
+  const Plan& plan;
+  int64_t tile, split, tile_begin, row_begin, row_end, first_channel;
+  int tile_channels, thread;
+  int64_t column;  // the thread's first
+  bool inside;     // whether it has columns
+
+  __device__ __forceinline__ Position(const Plan& plan, bool reverse) : plan(plan) {
+    const int64_t block = reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    tile = block % plan.tiles, split = block / plan.tiles;
+    tile_begin = tile * plan.tile_columns();
+    row_begin = split * plan.split_rows;
+    row_end = smaller(row_begin + plan.split_rows, plan.rows);
+    first_channel = tile_begin / plan.inner;
+    tile_channels = static_cast<int>((tile_end() - 1) / plan.inner - first_channel) + 1;
+    thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+    column = tile_begin + threadIdx.x * kWidth;
+    inside = column < plan.columns;
+  }
+
+  static __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  static __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+  __device__ __forceinline__ int64_t tile_end() const {
+    return smaller(tile_begin + plan.tile_columns(), plan.columns);
+  }
+  __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x * blockDim.y); }
+
+  // Rows of the split that threads of row y take.
+  __device__ __forceinline__ int64_t rows_of(int y) const {
+    return larger(0, (row_end - row_begin - y + blockDim.y - 1) / blockDim.y);
+  }
+
+  // Calls f(row) for the thread's rows, every `blockDim.y`th, as often in every thread of the block: with a row that
+  // is not of the split, row_end or more, where others have one more.
+  template <bool kReverse, typename F>
+  __device__ __forceinline__ void for_each_row(F f) const {
+    const int64_t turns = rows_of(0);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      f(row_begin + (kReverse ? turns - 1 - turn : turn) * blockDim.y + threadIdx.y);
+    }
+  }
+
+  // Calls f(k, channel) for the thread's columns; the channel counts from the tile's first.
+  template <typename F>
+  __device__ __forceinline__ void for_each_column(F f) const {
+    int64_t channel = column / plan.inner, within = column - channel * plan.inner;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      f(k, static_cast<int>(channel - first_channel));
+      if (++within == plan.inner) ++channel, within = 0;
+    }
+  }
+
+  // Calls f(channel, begin, end) for the tile's channels and their columns in it, both counted from the tile's first,
+  // a group of lanes each.
+  template <typename F>
+  __device__ __forceinline__ void for_each_channel(const Group& group, F f) const {
+    for (int c = thread / group.lanes; c < tile_channels; c += threads() / group.lanes) {
+      const int64_t begin = larger((first_channel + c) * plan.inner, tile_begin);
+      const int64_t end = smaller((first_channel + c + 1) * plan.inner, tile_end());
+      f(c, static_cast<int>(begin - tile_begin), static_cast<int>(end - tile_begin));
+    }
+  }
+
+  // As many lanes to a channel as there are, up to a warp.
+  __device__ __forceinline__ Group group() const {
+    int lanes = 1;
+    while (lanes < 32 && 2 * lanes * tile_channels <= threads()) lanes *= 2;
+    return Group(lanes, thread);
+  }
+};
+
+// ---- Sums across blocks ----
+
+// The blocks that sum parts of a channel: a range of tiles, in each of them every split.
+struct Parts {
+  const Plan& plan;
+  int64_t channel, first_tile, count;
+
+  __device__ __forceinline__ Parts(const Plan& plan, int64_t channel)
+      : plan(plan), channel(channel), first_tile(channel * plan.inner / plan.tile_columns()) {
+    const int64_t last_tile = ((channel + 1) * plan.inner - 1) / plan.tile_columns();
+    count = (last_tile - first_tile + 1) * plan.splits;
+  }
+
+  __device__ __forceinline__ int64_t index(int64_t tile, int64_t split) const {
+    return (tile - first_tile) * plan.splits + split;
+  }
+
+  // Values that part `i` is the sum of.
+  __device__ __forceinline__ int64_t values(int64_t i) const {
+    const int64_t begin = (first_tile + i / plan.splits) * plan.tile_columns(), end = begin + plan.tile_columns();
+    const int64_t row = i % plan.splits * plan.split_rows;
+    const int64_t channel_begin = channel * plan.inner, channel_end = channel_begin + plan.inner;
+    const int64_t columns = (end < channel_end ? end : channel_end) - (begin > channel_begin ? begin : channel_begin);
+    return columns * (row + plan.split_rows < plan.rows ? plan.split_rows : plan.rows - row);
+  }
+};
+
+// Two sums for each part of each channel, between blocks.
+template <typename A>
+class Partials {
+ public:
+  __device__ __forceinline__ Partials(const Plan& plan, const Scratch& scratch)
+      : plan_(plan),
+        sums_(static_cast<A*>(scratch.partials), 2 * plan.partials() * plan.channels),
+        arrived_(scratch.arrived, plan.channels) {}
+
+  // Hands part `part` of a channel over. Whether it was the last: then, and only then, all of them can be loaded.
+  __device__ __forceinline__ bool hand_over(const Group& group, const Parts& parts, int64_t part, A first,
+                                            A second) const {
+    bool last = false;
+    if (group.lane == 0) {
+      sums_.store(at(0, part, parts.channel), first);
+      sums_.store(at(1, part, parts.channel), second);
+      __threadfence();  // before the arrival is seen, the sums are
+      const unsigned all = static_cast<unsigned>(parts.count - 1);
+      last = arrived_.atomic_inc(parts.channel, all) == all;  // the last one resets the count
+    }
+    last = group.any_from_first(last);
+    if (last) {
+      __threadfence();
+      __syncwarp(group.mask);
+    }
+    return last;
+  }
+
+  __device__ __forceinline__ A load(int which, int64_t part, int64_t channel) const {
+    return sums_.load_fresh(at(which, part, channel));
+  }
+
+ private:
+  __device__ __forceinline__ int64_t at(int which, int64_t part, int64_t channel) const {
+    return (which * plan_.partials() + part) * plan_.channels + channel;
+  }
+
+  const Plan& plan_;
+  Global<A> sums_;
+  Global<unsigned> arrived_;
+};
+
+// ---- Forward ----
+
+// Mean and m2, the sum of squared deviations from it.
+template <typename A>
+struct Moments {
+  A mean, m2;
+};
+
+// Of n values, from those of parts: values_of(i), moments_of(i). Twice through the parts, rather than part by part:
+// there is no division, and no chain of dependent steps.
+template <typename A, typename V, typename M>
+__device__ __forceinline__ Moments<A> join(const Group& group, int64_t parts, A n, V values_of, M moments_of) {
+  A sum = 0;
+  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += values_of(i) * moments_of(i).mean;
+  const A mean = group.sum(sum) / n;
+  A m2 = 0;
+  for (int64_t i = group.lane; i < parts; i += group.lanes) {
+    const Moments<A> part = moments_of(i);
+    const A deviation = part.mean - mean;
+    m2 += part.m2 + values_of(i) * deviation * deviation;
+  }
+  return {mean, group.sum(m2)};
+}
+
+// Means are taken of deviations from an origin near them, as float holds no mean of 1e4 to a hundredth of a std of
+// 1e-2: the median of a channel's first, middle and last value, which one outlier does not move.
+template <typename T>
+__device__ __forceinline__ acc_t<T> origin_of(const Global<const T>& input, const Plan& plan, int64_t channel) {
+  const auto value = [&](int64_t row, int64_t i) {
+    return widen(input.load(row * plan.columns + channel * plan.inner + i));
+  };
+  const auto a = value(0, 0), b = value(plan.rows / 2, plan.inner / 2), c = value(plan.rows - 1, plan.inner - 1);
+  const auto smaller = a < b ? a : b, larger = a < b ? b : a;
+  const auto median = c < smaller ? smaller : c > larger ? larger : c;
+  return median - median == 0 ? median : 0;  // an infinite origin would turn infinities into NaNs
+}
+
+// A channel's last group: statistics, and the running ones.
+__device__ __forceinline__ void finish_statistics(const Forward& f, int64_t c, double mean, double m2) {
+  const Plan& plan = f.plan;
+  const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
+  m2 = m2 < 0 ? 0 : m2;  // by rounding; NaN stays
+  const Global<double> statistics(f.statistics, 2 * plan.channels);
+  statistics.store(c, mean);
+  statistics.store(plan.channels + c, 1 / sqrt(m2 / n + f.eps));
+  double factor = f.momentum;
+  // `normalize` will count this batch.
+  if (f.cumulative) factor = 1 / static_cast<double>(Global<const int64_t>(f.num_batches_tracked, 1).load(0) + 1);
+  const auto update = [&](const ChannelVector& running, double batch) {
+    if (running.data == nullptr) return;
+    store(running, plan.channels, c, factor * batch + (1 - factor) * load(running, plan.channels, c, 0));
+  };
+  update(f.running_mean, mean + load(f.input_bias, plan.channels, c, 0));
+  update(f.running_var, m2 / (n - 1));
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
+    statistics(const __grid_constant__ Forward f) {
+  using A = acc_t<T>;
+  const Plan& plan = f.plan;
+  const Position<kWidth> position(plan, false);
+  const Global<const T> input(static_cast<const T*>(f.input), plan.rows * plan.columns);
+
+  __shared__ Shared<A, kMaxTileX * kWidth> origins;
+  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
+    origins.store(c, origin_of(input, plan, position.first_channel + c));
+  }
+  __syncthreads();
+
+  // Each column by itself: Welford's update for m2, which no origin can spoil, and a plain sum, which an infinity does
+  // not turn into a NaN.
+  A origin[kWidth], mean[kWidth], m2[kWidth], sum[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) origin[k] = mean[k] = m2[k] = sum[k] = 0;
+  if (position.inside) {
+    position.for_each_column([&](int k, int channel) { origin[k] = origins.load(channel); });
+    int64_t count = 0;
+#pragma unroll 4
+    for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
+      const auto x = input.template load_vector<kWidth>(row * plan.columns + position.column);
+      const A share = 1 / static_cast<A>(++count);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const A value = widen(x[k]) - origin[k], deviation = value - mean[k];
+        mean[k] += deviation * share;
+        m2[k] += deviation * (value - mean[k]);
+        sum[k] += value;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) mean[k] = count > 0 ? sum[k] / static_cast<A>(count) : 0;
+  }
+
+  __shared__ Shared<A, kMaxThreads * kWidth> means, m2s;
+  const int stride = plan.tile_columns();
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const int at = static_cast<int>(threadIdx.y) * stride + static_cast<int>(threadIdx.x) * kWidth + k;
+    means.store(at, mean[k]);
+    m2s.store(at, m2[k]);
+  }
+  __syncthreads();
+
+  const Group group = position.group();
+  const Partials<A> partials(plan, f.scratch);
+  position.for_each_channel(group, [&](int channel, int begin, int end) {
+    const int64_t c = position.first_channel + channel;
+    const Parts parts(plan, c);
+    const int columns = end - begin, rows = static_cast<int>(blockDim.y);
+    const Moments<A> of_block = join<A>(
+        group, int64_t{columns} * rows, static_cast<A>(columns * (position.row_end - position.row_begin)),
+        [&](int64_t i) { return static_cast<A>(position.rows_of(static_cast<int>(i) / columns)); },
+        [&](int64_t i) {
+          const int at = static_cast<int>(i) / columns * stride + begin + static_cast<int>(i) % columns;
+          return Moments<A>{means.load(at), m2s.load(at)};
+        });
+    const int64_t part = parts.index(position.tile, position.split);
+    if (!partials.hand_over(group, parts, part, of_block.mean, of_block.m2)) return;
+
+    const Moments<A> of_channel = join<A>(
+        group, parts.count, static_cast<A>(plan.rows) * static_cast<A>(plan.inner),
+        [&](int64_t i) { return static_cast<A>(parts.values(i)); },
+        [&](int64_t i) { return Moments<A>{partials.load(0, i, c), partials.load(1, i, c)}; });
+    if (group.lane != 0) return;
+    const double mean_of_channel =
+        static_cast<double>(origin_of(input, plan, c)) + static_cast<double>(of_channel.mean);
+    finish_statistics(f, c, mean_of_channel, static_cast<double>(of_channel.m2));
+  });
+}
+
+// Coefficients of a channel, and in eval its statistics, which nobody else has written.
+template <typename T, int kWidth>
+__device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const Forward& f,
+                                                                       const Position<kWidth>& position, int64_t c) {
+  using A = acc_t<T>;
+  const int64_t channels = f.plan.channels;
+  const Global<double> statistics(f.statistics, 2 * channels);
+  double mean, invstd;
+  if (f.training) {
+    mean = statistics.load(c), invstd = statistics.load(channels + c);
+  } else {
+    mean = load(f.running_mean, channels, c, 0) - load(f.input_bias, channels, c, 0);
+    const A variance = static_cast<A>(load(f.running_var, channels, c, 1));
+    invstd = static_cast<double>(1 / sqrt(variance + static_cast<A>(f.eps)));
+    if (position.split == 0 && c * f.plan.inner >= position.tile_begin) {
+      statistics.store(c, mean);
+      statistics.store(channels + c, invstd);
+    }
+  }
+  return {mean, invstd, load(f.weight, channels, c, 1), load(f.bias, channels, c, 0)};
+}
+
+template <typename T, int kWidth, bool kResidual>
+__global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
+    normalize(const __grid_constant__ Forward f) {
+  using A = acc_t<T>;
+  const Plan& plan = f.plan;
+  const Position<kWidth> position(plan, f.training);
+  if (f.training && f.num_batches_tracked != nullptr && blockIdx.x == 0 && position.thread == 0) {
+    const Global<int64_t> counter(f.num_batches_tracked, 1);
+    counter.store(0, counter.load(0) + 1);
+  }
+
+  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts;
+  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
+    const auto coefficients = forward_coefficients<T>(f, position, position.first_channel + c);
+    means.store(c, coefficients.mean);
+    scales.store(c, coefficients.scale);
+    shifts.store(c, coefficients.shift);
+  }
+  __syncthreads();
+  A mean[kWidth], scale[kWidth], shift[kWidth];
+  if (position.inside) {
+    position.for_each_column([&](int k, int channel) {
+      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
+    });
+  }
+
+  const int64_t size = plan.rows * plan.columns;
+  const Global<const T> input(static_cast<const T*>(f.input), size);
+  const Global<const T> residual(static_cast<const T*>(f.residual), size);
+  const Global<T> output(static_cast<T*>(f.output), size);
+  const Global<uint8_t> mask(f.mask, plan.rows * plan.mask_stride());
+  position.template for_each_row<true>([&](int64_t row) {
+    unsigned passed = 0;
+    const bool inside = position.inside && row < position.row_end;
+    if (inside) {
+      const int64_t at = row * plan.columns + position.column;
+      const auto x = input.template load_vector<kWidth>(at);
+      Vector<T, kWidth> r, y;
+      if (kResidual) r = residual.template load_vector<kWidth>(at);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        A value = normalized(widen(x[k]) - mean[k], scale[k], shift[k]);
+        if (kResidual) value += widen(r[k]);
+        y[k] = narrow<T>(0 > value ? 0 : value);  // NaN passes
+        passed |= static_cast<unsigned>(!(widen(y[k]) <= 0)) << k;
+      }
+      output.template store_vector<kWidth>(at, y);
+    }
+    if (!kResidual || !mask) return;
+    // A byte of the mask is 8 columns, those of 8 / kWidth adjacent lanes.
+    if constexpr (kWidth < 8) {
+#pragma unroll
+      for (int bits = kWidth; bits < 8; bits *= 2) {
+        passed |= __shfl_down_sync(0xffffffffu, passed, bits / kWidth) << bits;
+      }
+    }
+    if (inside && threadIdx.x % (8 / kWidth) == 0) {
+      mask.store(row * plan.mask_stride() + position.column / 8, static_cast<uint8_t>(passed));
+    }
+  });
+}
+
+// A kernel without a batch: there is nothing to normalise, but the batch counts.
+__global__ void count_batch(int64_t* num_batches_tracked) {
+  const Global<int64_t> counter(num_batches_tracked, 1);
+  counter.store(0, counter.load(0) + 1);
+}
+
+// ---- Backward ----
+
+// What the ReLU's mask is read off: its bits; the output; or the output as recomputed from the input (no residual).
+enum class Mask { bits, output, input };
+
+// The masked gradient g, grad_output where the output is not <= 0.
+template <typename T, int kWidth, Mask kMask>
+struct Gradient {
+  using A = acc_t<T>;
+  const Plan& plan;
+  Global<const T> grad_output, input, output;
+  Global<const uint8_t> mask;
+
+  __device__ __forceinline__ explicit Gradient(const Backward& b)
+      : plan(b.plan),
+        grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
+        input(static_cast<const T*>(b.input), b.plan.rows * b.plan.columns),
+        output(static_cast<const T*>(b.output), b.plan.rows * b.plan.columns),
+        mask(b.mask, b.plan.rows * b.plan.mask_stride()) {}
+
+  // Calls f(k, g, centered) for the columns of a row; g as stored, centered = input - mean. A select, not a product,
+  // so that a NaN gradient where the output is <= 0 gives 0.
+  template <typename F>
+  __device__ __forceinline__ void for_each(int64_t row, int64_t column, bool needs_input, const A* mean, const A* scale,
+                                           const A* shift, F f) const {
+    const int64_t at = row * plan.columns + column;
+    const auto g = grad_output.template load_vector<kWidth>(at);
+    Vector<T, kWidth> x, y;
+    unsigned bits = 0;
+    if (needs_input || kMask == Mask::input) x = input.template load_vector<kWidth>(at);
+    if constexpr (kMask == Mask::output) y = output.template load_vector<kWidth>(at);
+    if constexpr (kMask == Mask::bits) bits = mask.load(row * plan.mask_stride() + column / 8) >> (column % 8);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const A centered = needs_input || kMask == Mask::input ? widen(x[k]) - mean[k] : 0;
+      bool passed;
+      if constexpr (kMask == Mask::bits) {
+        passed = bits >> k & 1;
+      } else if constexpr (kMask == Mask::output) {
+        passed = !(widen(y[k]) <= 0);
+      } else {
+        passed = !(widen(narrow<T>(normalized(centered, scale[k], shift[k]))) <= 0);  // as it was stored
+      }
+      f(k, passed ? g[k] : narrow<T>(0), centered);
+    }
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ Coefficients<A> backward_coefficients(const Backward& b, int64_t c) {
+  const int64_t channels = b.plan.channels;
+  const Global<const double> statistics(b.statistics, 2 * channels);
+  return {statistics.load(c), statistics.load(channels + c), load(b.weight, channels, c, 1),
+          load(b.bias, channels, c, 0)};
+}
+
+// A channel's last group: the gradients of the vectors, and what batch statistics take from the input's.
+template <typename A>
+__device__ __forceinline__ void finish_gradients(const Backward& b, int64_t c, double sum, double dot) {
+  const Plan& plan = b.plan;
+  const Global<const double> statistics(b.statistics, 2 * plan.channels);
+  const double mean = statistics.load(c), invstd = statistics.load(plan.channels + c);
+  const Coefficients<A> coefficients = backward_coefficients<A>(b, c);
+  const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
+  const double dropped = mean - static_cast<double>(coefficients.mean);  // by its rounding, see Coefficients
+  dot -= dropped * sum;
+  store(b.grad_bias, plan.channels, c, sum);
+  store(b.grad_weight, plan.channels, c, dot * invstd);
+  // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
+  store(b.grad_input_bias, plan.channels, c, b.training ? 0 : sum * static_cast<double>(coefficients.scale));
+  if (b.projection == nullptr) return;
+  const double slope = dot * invstd * invstd / n;
+  const Global<A> projection(static_cast<A*>(b.projection), 2 * plan.channels);
+  projection.store(c, static_cast<A>(sum / n - dropped * slope));
+  projection.store(plan.channels + c, static_cast<A>(slope));
+}
+
+template <typename T, int kWidth, Mask kMask>
+__global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
+    gradient_sums(const __grid_constant__ Backward b) {
+  using A = acc_t<T>;
+  const Plan& plan = b.plan;
+  const Position<kWidth> position(plan, false);
+
+  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts;
+  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
+    const auto coefficients = backward_coefficients<A>(b, position.first_channel + c);
+    means.store(c, coefficients.mean);
+    scales.store(c, coefficients.scale);
+    shifts.store(c, coefficients.shift);
+  }
+  __syncthreads();
+  A mean[kWidth], scale[kWidth], shift[kWidth], sum[kWidth], dot[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) sum[k] = dot[k] = 0;
+  if (position.inside) {
+    position.for_each_column([&](int k, int channel) {
+      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
+    });
+    const Gradient<T, kWidth, kMask> gradient(b);
+#pragma unroll 2
+    for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
+      gradient.for_each(row, position.column, true, mean, scale, shift, [&](int k, T masked, A centered) {
+        const A g = widen(masked);
+        sum[k] += g;
+        dot[k] += g * centered;
+      });
+    }
+  }
+
+  __shared__ Shared<A, kMaxThreads * kWidth> sums, dots;
+  const int stride = plan.tile_columns();
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const int at = static_cast<int>(threadIdx.y) * stride + static_cast<int>(threadIdx.x) * kWidth + k;
+    sums.store(at, sum[k]);
+    dots.store(at, dot[k]);
+  }
+  __syncthreads();
+
+  const Group group = position.group();
+  const Partials<A> partials(plan, b.scratch);
+  position.for_each_channel(group, [&](int channel, int begin, int end) {
+    const int64_t c = position.first_channel + channel;
+    const Parts parts(plan, c);
+    const int columns = end - begin;
+    A block_sum = 0, block_dot = 0;
+    for (int i = group.lane; i < columns * static_cast<int>(blockDim.y); i += group.lanes) {
+      const int at = i / columns * stride + begin + i % columns;
+      block_sum += sums.load(at);
+      block_dot += dots.load(at);
+    }
+    block_sum = group.sum(block_sum), block_dot = group.sum(block_dot);
+    const int64_t part = parts.index(position.tile, position.split);
+    if (!partials.hand_over(group, parts, part, block_sum, block_dot)) return;
+
+    A channel_sum = 0, channel_dot = 0;
+    for (int64_t i = group.lane; i < parts.count; i += group.lanes) {
+      channel_sum += partials.load(0, i, c);
+      channel_dot += partials.load(1, i, c);
+    }
+    channel_sum = group.sum(channel_sum), channel_dot = group.sum(channel_dot);
+    if (group.lane == 0) {
+      finish_gradients<A>(b, c, static_cast<double>(channel_sum), static_cast<double>(channel_dot));
+    }
+  });
+}
+
+template <typename T, int kWidth, Mask kMask>
+__global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
+    input_gradient(const __grid_constant__ Backward b) {
+  using A = acc_t<T>;
+  const Plan& plan = b.plan;
+  const Position<kWidth> position(plan, true);
+
+  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts, offsets, slopes;
+  const bool projects = b.projection != nullptr;
+  const Global<const A> projection(static_cast<const A*>(b.projection), 2 * plan.channels);
+  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
+    const int64_t channel = position.first_channel + c;
+    const auto coefficients = backward_coefficients<A>(b, channel);
+    means.store(c, coefficients.mean);
+    scales.store(c, coefficients.scale);
+    shifts.store(c, coefficients.shift);
+    offsets.store(c, projects ? projection.load(channel) : 0);
+    slopes.store(c, projects ? projection.load(plan.channels + channel) : 0);
+  }
+  __syncthreads();
+  A mean[kWidth], scale[kWidth], shift[kWidth], offset[kWidth], slope[kWidth];
+  if (position.inside) {
+    position.for_each_column([&](int k, int channel) {
+      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
+      offset[k] = offsets.load(channel), slope[k] = slopes.load(channel);
+    });
+  }
+
+  const int64_t size = plan.rows * plan.columns;
+  const Gradient<T, kWidth, kMask> gradient(b);
+  const Global<T> grad_input(static_cast<T*>(b.grad_input), size),
+      grad_residual(static_cast<T*>(b.grad_residual), size);
+  position.template for_each_row<true>([&](int64_t row) {
+    if (!position.inside || row >= position.row_end) return;
+    const int64_t at = row * plan.columns + position.column;
+    Vector<T, kWidth> dx, dr;
+    gradient.for_each(row, position.column, projects, mean, scale, shift, [&](int k, T masked, A centered) {
+      A g = widen(masked);
+      if (projects) g = g - offset[k] - centered * slope[k];
+      dx[k] = narrow<T>(g * scale[k]);
+      dr[k] = masked;
+    });
+    if (grad_input) grad_input.template store_vector<kWidth>(at, dx);
+    if (grad_residual) grad_residual.template store_vector<kWidth>(at, dr);
+  });
+}
+
+// ---- Launchers ----
+
+// Calls f(T{}, std::integral_constant<int, width>) with the type and width of an access.
+template <typename F>
+void with_type_and_width(ElementType type, int width, F f) {
+  with_type(type, [&](auto element) {
+    constexpr int kFull = 16 / sizeof(element);
+    if (width == kFull) {
+      f(element, std::integral_constant<int, kFull>{});
+    } else {
+      f(element, std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+dim3 block_of(const Plan& plan) {
+  return dim3(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
+}
+
+template <Mask kMask>
+void backward_with(const Backward& b, cudaStream_t stream) {
+  const bool sums = b.projection != nullptr || b.grad_weight.data != nullptr || b.grad_bias.data != nullptr ||
+                    b.grad_input_bias.data != nullptr;
+  with_type_and_width(b.type, b.plan.width, [&](auto element, auto width) {
+    using T = decltype(element);
+    if (sums) launch(gradient_sums<T, width.value, kMask>, b.plan.blocks(), block_of(b.plan), stream, b);
+    if (b.grad_input != nullptr || b.grad_residual != nullptr) {
+      launch(input_gradient<T, width.value, kMask>, b.plan.blocks(), block_of(b.plan), stream, b);
+    }
+  });
+}
+
+}  // namespace
+
+void forward(const Forward& f, cudaStream_t stream) {
+  if (f.plan.rows == 0 || f.plan.columns == 0) {
+    if (f.training && f.num_batches_tracked != nullptr) launch(count_batch, 1, dim3(1), stream, f.num_batches_tracked);
+    return;
+  }
+  with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
+    using T = decltype(element);
+    if (f.training) launch(statistics<T, width.value>, f.plan.blocks(), block_of(f.plan), stream, f);
+    const auto second = f.residual != nullptr ? normalize<T, width.value, true> : normalize<T, width.value, false>;
+    launch(second, f.plan.blocks(), block_of(f.plan), stream, f);
+  });
+}
+
+void backward(const Backward& b, cudaStream_t stream) {
+  if (b.mask != nullptr) {
+    backward_with<Mask::bits>(b, stream);
+  } else if (b.output != nullptr) {
+    backward_with<Mask::output>(b, stream);
+  } else {
+    backward_with<Mask::input>(b, stream);
+  }
+}
+
+}  // namespace resnet_fused::cuda

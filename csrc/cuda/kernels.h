@@ -1,0 +1,61 @@
+// What the glue (batch_norm_add_relu.cpp) and the kernels (batch_norm_add_relu.cu) share. No torch here: the kernels
+// also compile for the CPU (tests/cuda_on_cpu).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../element_type.h"
+#include "plan.h"
+
+namespace resnet_fused::cuda {
+
+// A per-channel vector, (C,), of any of the four types and any stride; absent where data is nullptr.
+struct ChannelVector {
+  void* data;
+  ElementType type;
+  int64_t stride;
+};
+
+// Pointers to device memory. Tensors are dense, as the plan says; scratch vectors are in the accumulation type, double
+// where `type` is float64, else float.
+struct Scratch {
+  void* partials;     // [2, plan.partials(), C]
+  unsigned* arrived;  // (C,), zeros: blocks that have handed over their partial sums. Left as it was found.
+};
+
+struct Forward {
+  Plan plan;
+  ElementType type;
+  const void *input, *residual;  // residual: nullptr for none
+  void* output;
+  uint8_t* mask;       // [rows, plan.mask_stride()], or nullptr where there is no residual or no training
+  double* statistics;  // [2, C]: mean and invstd
+  ChannelVector weight, bias, input_bias, running_mean, running_var;
+  int64_t* num_batches_tracked;  // or nullptr
+  bool training, cumulative;     // cumulative: momentum is 1 / num_batches_tracked
+  double momentum, eps;
+  Scratch scratch;  // in training
+};
+
+struct Backward {
+  Plan plan;
+  ElementType type;
+  const void *grad_output, *input;
+  const uint8_t* mask;  // or nullptr
+  const void* output;   // or nullptr; with neither, the mask is recomputed from input
+  const double* statistics;
+  bool training;
+  ChannelVector weight, bias, grad_weight, grad_bias, grad_input_bias;
+  void *grad_input, *grad_residual;  // nullptr where not needed
+  void* projection;                  // [2, C], where batch statistics are differentiated
+  Scratch scratch;                   // where anything is summed
+};
+
+// Launches on the current device. In training two kernels, in eval one.
+void forward(const Forward&, cudaStream_t);
+// Two kernels, or the one that is needed.
+void backward(const Backward&, cudaStream_t);
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,78 @@
+// The pointers through which the kernels reach memory. On a GPU they are nothing but pointers; on a CPU
+// (RESNET_FUSED_CUDA_ON_CPU, tests/cuda_on_cpu) every access is checked, which is why there is no way around them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace resnet_fused::cuda {
+
+// What one access moves: at most 16 bytes, and so aligned.
+template <typename T, int n>
+struct alignas(n * sizeof(T)) Vector {
+  static_assert(n * sizeof(T) <= 16, "the widest access is of 16 bytes");
+  T values[n];
+  __host__ __device__ __forceinline__ T& operator[](int i) { return values[i]; }
+  __host__ __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+};
+
+}  // namespace resnet_fused::cuda
+
+#ifdef RESNET_FUSED_CUDA_ON_CPU
+#include "emulated_memory.h"
+#else
+
+namespace resnet_fused::cuda {
+
+// `count` elements of global memory, or null.
+template <typename T>
+class Global {
+  using Value = std::remove_const_t<T>;
+
+ public:
+  Global() = default;
+  __host__ __device__ __forceinline__ Global(T* elements, int64_t /*count*/) : elements_(elements) {}
+  __host__ __device__ __forceinline__ explicit operator bool() const { return elements_ != nullptr; }
+
+  __device__ __forceinline__ Value load(int64_t i) const { return elements_[i]; }
+  // What other blocks of this launch wrote: past L1, which may hold what was there before.
+  __device__ __forceinline__ Value load_fresh(int64_t i) const { return __ldcg(elements_ + i); }
+  __device__ __forceinline__ void store(int64_t i, Value value) const { elements_[i] = value; }
+
+  // Elements i to i + n - 1 in one access. They must be aligned as a Vector is.
+  template <int n>
+  __device__ __forceinline__ Vector<Value, n> load_vector(int64_t i) const {
+    return *reinterpret_cast<const Vector<Value, n>*>(elements_ + i);
+  }
+  template <int n>
+  __device__ __forceinline__ void store_vector(int64_t i, const Vector<Value, n>& values) const {
+    *reinterpret_cast<Vector<T, n>*>(elements_ + i) = values;
+  }
+
+  // Counts 0, 1, ..., last, 0, ...; returns the count before.
+  __device__ __forceinline__ unsigned atomic_inc(int64_t i, unsigned last) const {
+    return atomicInc(elements_ + i, last);
+  }
+
+ private:
+  T* elements_ = nullptr;
+};
+
+// n elements of shared memory: `__shared__ Shared<float, 32> sums;`.
+template <typename T, int n>
+class Shared {
+ public:
+  __device__ __forceinline__ T load(int i) const { return elements_[i]; }
+  __device__ __forceinline__ void store(int i, T value) { elements_[i] = value; }
+
+ private:
+  T elements_[n];
+};
+
+}  // namespace resnet_fused::cuda
+
+#endif

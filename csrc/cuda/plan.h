@@ -1,0 +1,91 @@
+// How the CUDA kernels share a tensor among blocks: pure geometry, the same for every pass, layout and type.
+//
+// A dense tensor is a matrix: contiguous (N, C, *) of N rows and C * prod(*) columns, channels_last of N * prod(*) rows
+// and C columns; the channel of a column is column / inner, inner = prod(*) or 1. A thread owns `width` adjacent
+// columns, what one 16-byte access holds, and walks down rows: it keeps its columns' sums, means and scales in
+// registers, whatever the layout, and accesses are adjacent and aligned however short the runs of a channel are.
+//
+// A block is threads_x * threads_y threads on a *tile* of adjacent columns and one of `splits` ranges of rows.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace resnet_fused::cuda {
+
+constexpr int kMaxThreads = 384;       // of a block
+constexpr int kResidentThreads = 768;  // of a multiprocessor: what 80 registers a thread leave room for
+constexpr int kMaxTileX = 128;         // threads of a block along columns: their coefficients are in shared memory
+constexpr int kWaves = 5;              // from here on, how full the last one is matters little
+
+struct Plan {
+  int64_t rows, columns, inner, channels;
+  int width;                 // columns of a thread
+  int threads_x, threads_y;  // along columns, a multiple of 8 (a byte of the mask), and along rows
+  int64_t tiles, splits, split_rows;
+  double waves, last_wave;  // of blocks, and how full the last one is
+
+  constexpr int threads() const { return threads_x * threads_y; }
+  constexpr int tile_columns() const { return threads_x * width; }
+  constexpr int64_t blocks() const { return tiles * splits; }
+  // Blocks that a channel's columns, at most, are spread over.
+  constexpr int64_t partials() const {
+    const int64_t across = (inner + tile_columns() - 2) / tile_columns() + 1;
+    return splits * (across < tiles ? across : tiles);
+  }
+  constexpr int64_t mask_stride() const { return (columns + 7) / 8; }  // bytes of a row of the mask
+};
+
+// outer, channels, inner >= 1: the tensor's elements in that order. aligned: every tensor starts at 16 bytes.
+inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int element_size, bool aligned,
+                      int multiprocessors) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const auto round_up = [&](int64_t a, int64_t b) { return ceil_div(a, b) * b; };
+  const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
+
+  Plan base{};
+  base.rows = outer, base.columns = channels * inner, base.inner = inner, base.channels = channels;
+  base.width = 16 / element_size;
+  if (!aligned || base.columns % base.width != 0) base.width = 1;
+  const int64_t vectors = ceil_div(base.columns, base.width);
+
+  // The candidate that is soonest done, if every row takes as long and starting a block as long as four. Several sizes
+  // of blocks, as a batch of one leaves no rows to split: 200704 threads are 1.5 waves of 256, but two of 384.
+  Plan best{};
+  double least = 0;
+  for (const int threads : {256, 384, 192}) {
+    for (const int64_t most_x : {8, 16, 32, 64, kMaxTileX}) {
+      Plan plan = base;
+      const int64_t threads_x = at_most(round_up(vectors, 8), most_x);
+      const int64_t threads_y = at_most(threads / threads_x, outer);
+      plan.threads_x = static_cast<int>(threads_x), plan.threads_y = static_cast<int>(threads_y);
+      if (plan.threads() % 32 != 0) plan.threads_y = static_cast<int>(round_up(threads_y, 4));  // whole warps
+      plan.tiles = ceil_div(vectors, threads_x);
+
+      const int resident = kResidentThreads / plan.threads();  // blocks of a multiprocessor
+      for (int level = 1; level <= resident * kWaves; level += level < resident ? 1 : resident) {
+        const int64_t wanted = int64_t{level} * multiprocessors / plan.tiles;
+        const int64_t most = ceil_div(outer, plan.threads_y);
+        plan.splits = wanted < 1 ? 1 : at_most(wanted, most);
+        plan.split_rows = ceil_div(outer, plan.splits);
+        plan.splits = ceil_div(outer, plan.split_rows);
+        const int64_t per_multiprocessor = ceil_div(plan.blocks(), multiprocessors);
+        const int64_t wave = multiprocessors * at_most(per_multiprocessor, resident);
+        plan.waves = static_cast<double>(plan.blocks()) / static_cast<double>(wave);
+        const int64_t waves = ceil_div(plan.blocks(), wave);
+        plan.last_wave = plan.waves - static_cast<double>(waves - 1);
+
+        const double turns = static_cast<double>(ceil_div(plan.split_rows, plan.threads_y)) + 4;
+        const double busy = static_cast<double>(at_most(per_multiprocessor, resident) * plan.threads());
+        // Half the threads keep the memory busy.
+        double cost = static_cast<double>(waves) * turns * (busy < 512 ? 512 : busy);
+        if (plan.blocks() < multiprocessors) cost *= 4;
+        if (plan.last_wave < 0.8 && plan.waves < kWaves) cost *= 2;
+        if (least == 0 || cost < least) least = cost, best = plan;
+      }
+    }
+  }
+  return best;
+}
+
+}  // namespace resnet_fused::cuda

@@ -1,0 +1,55 @@
+"""The CUDA backend on a CPU: its kernels and glue, unmodified, compiled by g++ against an emulation of CUDA.
+
+:func:`load` builds it, once per flavour and change of the sources, and registers the backend ``cuda-emulated``.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch.utils.cpp_extension
+
+import resnet_fused.backend
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+BACKEND = "cuda-emulated"
+LIBRARY = "resnet_fused_cuda_on_cpu"
+SOURCES = (
+    ROOT / "csrc/ops.cpp",
+    ROOT / "csrc/cuda/batch_norm_add_relu.cpp",
+    HERE / "kernels.cpp",
+    HERE / "emulator.cpp",
+    HERE / "module.cpp",
+)
+FLAVOURS = {
+    "optimised": ["-O2"],
+    "sanitised": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+
+
+@functools.cache
+def load():
+    """The module _cuda_on_cpu, in the flavour that RESNET_FUSED_EMULATION names, optimised by default."""
+    flavour = os.environ.get("RESNET_FUSED_EMULATION", "optimised")
+    folder = ROOT / "build" / "cuda_on_cpu" / f"{flavour}-torch-{torch.__version__}"
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAVOURS[flavour], "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    defines = ["RESNET_FUSED_CUDA_ON_CPU", f"RESNET_FUSED_LIBRARY={LIBRARY}", "TORCH_TARGET_VERSION=0x020a000000000000"]
+    module = torch.utils.cpp_extension.load(
+        "_cuda_on_cpu",
+        [str(source) for source in SOURCES],
+        extra_include_paths=[str(HERE)],
+        extra_cflags=[*flags, *(f"-D{define}" for define in defines)],
+        extra_ldflags=["-fsanitize=address,undefined"] if flavour == "sanitised" else [],
+        build_directory=str(folder),
+        with_cuda=False,
+    )
+    resnet_fused.backend.register(BACKEND, LIBRARY, ("cpu",), detail="the CUDA kernels on a CPU", masks=True)
+    return module
+
+
+def load_if_named(backend):
+    """Load the emulated backend where ``backend`` is its name."""
+    if backend == BACKEND:
+        load()

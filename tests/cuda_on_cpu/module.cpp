@@ -1,0 +1,40 @@
+// The Python module _cuda_on_cpu: the emulation's counters and settings. Loading it registers the CUDA ops for tensors
+// on a CPU, as torch.ops.resnet_fused_cuda_on_cpu.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/plan.h"
+
+namespace py = pybind11;
+using resnet_fused::cuda::Plan;
+
+PYBIND11_MODULE(_cuda_on_cpu, m) {
+  py::class_<emulation::Counters>(m, "Counters")
+      .def_readonly("launches", &emulation::Counters::launches)
+      .def_readonly("threads", &emulation::Counters::threads)
+      .def_readonly("bytes_read", &emulation::Counters::bytes_read)
+      .def_readonly("bytes_written", &emulation::Counters::bytes_written);
+  m.def("counters", &emulation::counters);
+  m.def("reset_counters", &emulation::reset_counters);
+  m.def("set_seed", &emulation::set_seed);
+  m.def("set_multiprocessors", [](int count) { resnet_fused::cuda::multiprocessors_of_emulation = count; });
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init(&resnet_fused::cuda::make_plan), py::arg("outer"), py::arg("channels"), py::arg("inner"),
+           py::arg("element_size"), py::arg("aligned") = true, py::arg("multiprocessors") = 132)
+      .def_readonly("rows", &Plan::rows)
+      .def_readonly("columns", &Plan::columns)
+      .def_readonly("width", &Plan::width)
+      .def_readonly("threads_x", &Plan::threads_x)
+      .def_readonly("threads_y", &Plan::threads_y)
+      .def_readonly("tiles", &Plan::tiles)
+      .def_readonly("splits", &Plan::splits)
+      .def_readonly("split_rows", &Plan::split_rows)
+      .def_readonly("waves", &Plan::waves)
+      .def_readonly("last_wave", &Plan::last_wave)
+      .def_property_readonly("threads", &Plan::threads)
+      .def_property_readonly("blocks", &Plan::blocks);
+  m.attr("max_threads") = resnet_fused::cuda::kMaxThreads;
+  m.attr("resident_threads") = resnet_fused::cuda::kResidentThreads;
+}
