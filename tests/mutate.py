@@ -29,8 +29,12 @@ class Fault(NamedTuple):
 
 
 KERNELS = "csrc/cpu/kernels_impl.h"
+ARGUMENTS = "csrc/arguments.h"
 GLUE = "csrc/cpu/batch_norm_add_relu.cpp"
 PLAN = "csrc/cpu/plan.h"
+CUDA = "csrc/cuda/batch_norm_add_relu.cu"
+CUDA_PLAN = "csrc/cuda/plan.h"
+REDUCE = "csrc/cuda/reduce.cuh"
 AUTOGRAD = "resnet_fused/autograd.py"
 BLOCKS = "resnet_fused/blocks.py"
 
@@ -65,26 +69,49 @@ FAULTS = [
     Fault("momentum the wrong way round", GLUE, "factor * batch[c] + (1 - factor) * running[c]", "(1 - factor) * batch[c] + factor * running[c]"),
     Fault("stale running variance", GLUE, "update(running_vars);", ""),
     Fault("cumulative average off by one", GLUE, "1 / static_cast<double>(*counter)", "1 / static_cast<double>(*counter + 1)"),
-    Fault("eval counts", GLUE, "if (training && counter != nullptr)", "if (counter != nullptr)"),
+    Fault("eval counts", GLUE, "if (a.training && counter != nullptr)", "if (counter != nullptr)"),
     Fault("input bias subtracted in eval", GLUE, "means[c] -= dropped[c]", "means[c] += dropped[c]"),
     Fault("input bias not in running mean", GLUE, "batch[c] += means[c]", "batch[c] = means[c]"),
     Fault("chunks' means not joined", GLUE, "next_m2 + delta * delta * weight", "next_m2"),
     Fault("rounded mean in forward", GLUE, "bias - dropped * scaled", "bias", "edges"),
     Fault("rounded mean in backward", GLUE, "dots[c] - dropped * sums[c]", "dots[c]", "edges"),
     Fault("frozen statistics treated as the batch's", GLUE, "training ? coefficients.backward() : coefficients.forward()", "coefficients.backward()"),
-    Fault("ambiguous layout", GLUE, "tensor.is_contiguous() || !has_channels_last_strides(tensor)", "!has_channels_last_strides(tensor)", "edges"),
+    Fault("ambiguous layout", ARGUMENTS, "tensor.is_contiguous() || !has_channels_last_strides(tensor)", "!has_channels_last_strides(tensor)", "edges"),
     Fault("weight left out of the scale", GLUE, "rounded(invstds[c] * scale()[c], type_)", "rounded(invstds[c], type_)"),
-    Fault("eps added to the deviation", GLUE, "1 / std::sqrt(variances[c] + eps)", "1 / (std::sqrt(variances[c]) + eps)"),
+    Fault("eps added to the deviation", GLUE, "1 / std::sqrt(variances[c] + a.eps)", "1 / (std::sqrt(variances[c]) + a.eps)"),
     Fault("gradient for a bias that statistics cancel", GLUE, "training ? 0 : sums[c] *", "sums[c] *"),
     Fault("dropped bias's gradient unscaled", GLUE, "sums[c] * coefficients.scale()[c]", "sums[c]"),
+    Fault("barrier before the reduction dropped", CUDA, "__syncthreads();\n\n  const Group group = position.group();\n  const Partials<A> partials(plan, f.scratch);", "const Group group = position.group();\n  const Partials<A> partials(plan, f.scratch);", "cuda_traffic"),
+    Fault("barrier after the coefficients dropped", CUDA, "__syncthreads();\n  A mean[kWidth], scale[kWidth], shift[kWidth];\n", "A mean[kWidth], scale[kWidth], shift[kWidth];\n", "cuda_traffic"),
+    Fault("no fence before the hand-over", CUDA, "__threadfence();  // before the arrival is seen, the sums are", "", "cuda_traffic"),
+    Fault("no fence after the hand-over", CUDA, "    if (last) {\n      __threadfence();", "    if (last) {", "cuda_traffic"),
+    Fault("partial sums through L1", CUDA, "sums_.load_fresh(", "sums_.load(", "cuda_traffic"),
+    Fault("stale semaphore", CUDA, "arrived_.atomic_inc(parts.channel, all)", "arrived_.atomic_inc(parts.channel, all + 1)", "cuda_traffic"),
+    Fault("row past the end", CUDA, "smaller(row_begin + plan.split_rows, plan.rows)", "smaller(row_begin + plan.split_rows, plan.rows + 1)", "cuda_traffic"),
+    Fault("mask's bits the wrong way round", CUDA, "<= 0)) << k;", "<= 0)) << (kWidth - 1 - k);", "cuda_traffic"),
+    Fault("mask's lanes the wrong way round", CUDA, "bits / kWidth) << bits;", "bits / kWidth) | passed << bits;", "cuda_traffic"),
+    Fault("index of 32 bits", CUDA, "const int64_t at = row * plan.columns + column;", "const int at = row * plan.columns + column;", "cuda_traffic"),
+    Fault("tile's channels of 32 bits", CUDA, "tile, split, tile_begin, row_begin, row_end, first_channel;", "tile, split, tile_begin, row_begin, row_end; int first_channel;", "cuda_traffic"),
+    Fault("origin left out", CUDA, "widen(x[k]) - origin[k], deviation", "widen(x[k]), deviation", "edges"),
+    Fault("mean by Welford alone", CUDA, "sum[k] += value;", "sum[k] = mean[k] * static_cast<A>(count);", "edges"),
+    Fault("origin of one value", CUDA, "c < smaller ? smaller : c > larger ? larger : c;", "a;", "edges"),
+    Fault("every block counts the batch", CUDA, "blockIdx.x == 0 && position.thread == 0", "position.thread == 0", "ops"),
+    Fault("cumulative average before the count", CUDA, "(f.num_batches_tracked, 1).load(0) + 1)", "(f.num_batches_tracked, 1).load(0))", "ops"),
+    Fault("eval's statistics unwritten", CUDA, "position.split == 0 &&", "position.split == 1 &&", "ops"),
+    Fault("CUDA: mask not of y as stored", CUDA, "widen(narrow<T>(normalized(centered, scale[k], shift[k])))", "normalized(centered, scale[k], shift[k])", "edges"),
+    Fault("CUDA: sign of the projection", CUDA, "g - offset[k] - centered", "g - offset[k] + centered", "ops"),
+    Fault("CUDA: rounded mean in backward", CUDA, "dot -= dropped * sum;", "", "edges"),
+    Fault("CUDA: frozen statistics projected", "csrc/cuda/batch_norm_add_relu.cpp", "const bool projects = a.training && a.needed.input;", "const bool projects = a.needed.input;", "ops"),
+    Fault("unaligned tensors in vectors", CUDA_PLAN, "if (!aligned || base", "if (base", "cuda_traffic"),
+    Fault("group's mask of the whole warp", REDUCE, "(1u << lanes) - 1", "0xffffffffu", "cuda_traffic"),
     Fault("double backward takes statistics as constants", AUTOGRAD, "correction=0)\n", "correction=0)\n        mean = mean.detach()\n", "gradients"),
     Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()", "gradients"),
     Fault("refusal not explained", AUTOGRAD, "            cls.check(*args)\n            raise", "            raise", "edges"),
     Fault("refused input counted", AUTOGRAD, "            cls.check(*args)\n            raise", "            if args[-5] is not None:\n                args[-5].add_(1)\n            cls.check(*args)\n            raise", "edges"),
-    Fault("eps 0 in training", GLUE, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
-    Fault("one value per channel", GLUE, "training ? count != 1 :", "training ? true :", "edges"),
-    Fault("half vectors for float32", GLUE, "(half && vector->scalar_type()", "(!half || vector->scalar_type()", "edges"),
-    Fault("other devices", GLUE, "tensor->is_cpu() && tensor->dim() == 1", "tensor->dim() == 1", "edges"),
+    Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
+    Fault("one value per channel", ARGUMENTS, "training ? count() != 1 :", "training ? true :", "edges"),
+    Fault("half vectors for float32", ARGUMENTS, "(half && type == ScalarType::Float)", "(!half || type == ScalarType::Float)", "edges"),
+    Fault("other devices", ARGUMENTS, "on_one_device(*vector, input) && vector->dim()", "vector->dim()", "edges"),
     Fault("untracked batch norm counts", BLOCKS, "bn.num_batches_tracked if tracks else None", "bn.num_batches_tracked", "blocks"),
     Fault("untracked batch norm updates", BLOCKS, "uses_running = not bn.training or bn.track_running_stats", "uses_running = True", "blocks"),
     Fault("conv3's bias lost", BLOCKS, 'arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)', "", "blocks"),
@@ -97,7 +124,8 @@ FAULTS = [
 
 
 def _run(command, cwd, **environment):
-    environment = {**os.environ, "PYTHONPATH": str(cwd), **environment}
+    # The CUDA faults are for the emulation to find: nvcc would take a minute for each.
+    environment = {**os.environ, "PYTHONPATH": str(cwd), "FORCE_CUDA": "0", **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 

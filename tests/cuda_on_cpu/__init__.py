@@ -14,6 +14,7 @@ import resnet_fused.backend
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BACKEND = "cuda-emulated"
+MULTIPROCESSORS = 4  # of the emulated GPU, where a test does not say otherwise
 LIBRARY = "resnet_fused_cuda_on_cpu"
 SOURCES = (
     ROOT / "csrc/ops.cpp",
@@ -35,6 +36,8 @@ def load():
     folder = ROOT / "build" / "cuda_on_cpu" / f"{flavour}-torch-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = [*FLAVOURS[flavour], "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    # A 64-bit index that is kept in 32 bits would show only past 2^31 elements, which take too long here.
+    flags += ["-Wconversion", "-Werror=conversion"]
     defines = ["RESNET_FUSED_CUDA_ON_CPU", f"RESNET_FUSED_LIBRARY={LIBRARY}", "TORCH_TARGET_VERSION=0x020a000000000000"]
     module = torch.utils.cpp_extension.load(
         "_cuda_on_cpu",
@@ -45,8 +48,13 @@ def load():
         build_directory=str(folder),
         with_cuda=False,
     )
+    module.set_multiprocessors(MULTIPROCESSORS)
     resnet_fused.backend.register(BACKEND, LIBRARY, ("cpu",), detail="the CUDA kernels on a CPU", masks=True)
     return module
+
+
+def ops():
+    return resnet_fused.backend.get(BACKEND).ops
 
 
 def load_if_named(backend):
