@@ -1,19 +1,48 @@
-"""Builds the C++ extension. Everything else is in pyproject.toml."""
+"""Builds the C++ extension and, where nvcc is found and torch is a CUDA build, the CUDA one, GPU or no GPU.
+
+FORCE_CUDA=1 demands the CUDA extension, FORCE_CUDA=0 leaves it out. Everything else is in pyproject.toml.
+"""
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
-MINIMUM_TORCH = "2.10"  # also the stable ABI that the extension is built for: see TORCH_TARGET_VERSION
+MINIMUM_TORCH = "2.10"  # also the stable ABI that the extensions are built for: see TORCH_TARGET_VERSION
+FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+def find_nvcc() -> str | None:
+    """The nvcc that torch will call, looked for as torch does. Tells torch, by CUDA_HOME, where its toolkit is."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home:
+        nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+        if not nvcc:
+            return None
+        # Not nvcc's grandparent, which torch would take: nvcc may be a script that calls the one in the toolkit.
+        top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-c", "-x", "cu", os.devnull), re.MULTILINE)
+        home = os.path.realpath(top[1].strip()) if top else os.path.dirname(os.path.dirname(nvcc))
+        os.environ["CUDA_HOME"] = home
+    return shutil.which(os.path.join(home, "bin", "nvcc"))
+
+
+if FORCE_CUDA not in ("", "0", "1"):
+    sys.exit(f"resnet_fused: FORCE_CUDA: expected 0, 1 or nothing, got {FORCE_CUDA!r}.")
+nvcc = None if FORCE_CUDA == "0" else find_nvcc()  # before the import, at which torch reads CUDA_HOME
 
 try:
     import torch
     from packaging.version import Version
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
 except ImportError as error:
     sys.exit(
         f"resnet_fused: the build needs torch>={MINIMUM_TORCH} and packaging ({error}). Run `pip install .` without "
@@ -34,6 +63,41 @@ if not shutil.which(compiler):
     )
 
 
+def builds_cuda() -> bool:
+    """Whether to build the CUDA extension; exits where FORCE_CUDA=1 asks for what is missing, or toolkits differ."""
+    if FORCE_CUDA == "0":
+        return False
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA: install a CUDA build of it first"
+    elif nvcc is None:
+        missing = (
+            "there is no nvcc (in CUDA_HOME or, where that is unset, on PATH or in /usr/local/cuda): install the CUDA "
+            f"toolkit {torch.version.cuda}, or set CUDA_HOME to it"
+        )
+    if missing and FORCE_CUDA == "1":
+        sys.exit(f"resnet_fused: FORCE_CUDA=1, but {missing}.")
+    if missing:
+        print(f"resnet_fused: builds without CUDA, as {missing}.", file=sys.stderr)
+        return False
+    version = re.search(r"release (\d+)(\.\d+)", output_of(nvcc, "--version"))
+    if version and version[1] != torch.version.cuda.split(".")[0]:
+        sys.exit(
+            f"resnet_fused: nvcc is of CUDA {version[1]}{version[2]}, torch {torch.__version__} of CUDA "
+            f"{torch.version.cuda}: the major versions must be the same ({nvcc}). Set CUDA_HOME to a toolkit of CUDA "
+            f"{torch.version.cuda}, or install a torch for nvcc's CUDA and build with --no-build-isolation; "
+            "FORCE_CUDA=0 builds without CUDA."
+        )
+    return True
+
+
+def cuda_architectures() -> str:
+    """Of those that nvcc knows, one a generation, as it serves all of it; PTX for those in between and to come."""
+    wanted = {"75": "7.5", "80": "8.0", "90": "9.0+PTX", "100": "10.0", "120": "12.0"}
+    known = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
+    return ";".join(wanted[name] for name in sorted(known, key=int) if name in wanted)
+
+
 def max_jobs() -> int:
     """One compiler per core, but no more than memory holds, at 1 GiB each."""
     try:
@@ -43,28 +107,58 @@ def max_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, gibibytes))
 
 
+class Build(BuildExtension):
+    def build_extensions(self):
+        def object_filenames(sources, strip_dir=False, output_dir=""):
+            # By default a .cpp and a .cu of one name share one object file, and one of them is lost.
+            return [os.path.join(output_dir, f"{source}.o") for source in sources]
+
+        self.compiler.object_filenames = object_filenames
+        super().build_extensions()
+
+
+def files(*patterns: str) -> list[str]:
+    return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
+
+
 os.environ.setdefault("MAX_JOBS", str(max_jobs()))
 major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
-
-setup(
-    ext_modules=[
-        CppExtension(
-            "resnet_fused._C",
-            sorted(str(path) for path in [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-            define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")],
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-fvisibility=hidden",
-                "-fopenmp-simd",
-                # The order of operations is part of the interface (csrc/cpu/kernels_impl.h).
-                "-ffp-contract=off",
-                # No float exceptions are read, and errno neither: lets selects and square roots vectorise.
-                "-fno-trapping-math",
-                "-fno-math-errno",
-            ],
+target = ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")
+flags = ["-std=c++17", "-O3"]
+extensions = [
+    CppExtension(
+        "resnet_fused._C",
+        files("*.cpp", "cpu/*.cpp"),
+        depends=files("**/*.*"),  # a source distribution holds them, CUDA's too, wherever it was made
+        define_macros=[target],
+        extra_compile_args=[
+            *flags,
+            "-fvisibility=hidden",
+            "-fopenmp-simd",
+            # The order of operations is part of the interface (csrc/cpu/kernels_impl.h).
+            "-ffp-contract=off",
+            # No float exceptions are read, and errno neither: lets selects and square roots vectorise.
+            "-fno-trapping-math",
+            "-fno-math-errno",
+        ],
+    )
+]
+if builds_cuda():
+    # Without a list torch asks the GPU of this machine, and fails where there is none.
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+    extensions.append(
+        CUDAExtension(
+            "resnet_fused._CUDA",
+            files("cuda/*.cpp", "cuda/*.cu"),
+            depends=files("*.h", "cuda/*.*"),
+            # USE_CUDA: for the current stream, in the stable ABI's headers.
+            define_macros=[target, ("USE_CUDA", None), ("RESNET_FUSED_CUDA_ARCHITECTURES", f'"{architectures}"')],
+            extra_compile_args={
+                "cxx": [*flags, "-fvisibility=hidden"],
+                "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden", "--threads", os.environ["MAX_JOBS"]],
+            },
         )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

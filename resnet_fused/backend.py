@@ -1,7 +1,8 @@
 """Which implementation serves a call: one namespace of ``torch.ops`` a backend.
 
-``RESNET_FUSED_BACKEND=auto|cpu|eager`` sets the process's choice, :func:`use_backend` that of a block of code. ``auto``
-takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one warning.
+``RESNET_FUSED_BACKEND=auto|cpu|cuda|eager`` sets the process's choice, :func:`use_backend` that of a block of code.
+``auto`` takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one
+warning.
 """
 
 import contextlib
@@ -53,7 +54,7 @@ def register(
 
     The other arguments are those of :class:`Backend`.
     """
-    ops = register_fakes(namespace, masks) if unavailable is None else None
+    ops = register_fakes(namespace, device_types if masks else ()) if unavailable is None else None
     _backends[name] = Backend(name, device_types, ops, unavailable, masks, detail)
     _choose(_chosen)
 
@@ -72,7 +73,35 @@ def _register_cpu() -> None:
     register("cpu", "resnet_fused", ("cpu",), unavailable, detail=detail)
 
 
+def _register_cuda() -> None:
+    unavailable, detail = None, ""
+    rebuild = "`FORCE_CUDA=1 pip install --no-build-isolation .` in a checkout"
+    try:
+        if _backends["cpu"].unavailable is not None:
+            unavailable = f"its ops are declared by the CPU's extension, and {_backends['cpu'].unavailable}"
+        else:
+            from ._CUDA import arch_list, cuda_version  # loading it registers the ops' CUDA kernels
+
+            detail = f"CUDA C++ for compute capability {arch_list()}, built with CUDA {cuda_version()}"
+    except ModuleNotFoundError:
+        if torch.version.cuda is None:
+            unavailable = f"torch {torch.__version__} is built without CUDA; install a CUDA build of it, then {rebuild}"
+        else:
+            unavailable = (
+                "the CUDA extension resnet_fused._CUDA was not built, for want of nvcc or by FORCE_CUDA=0; install the "
+                f"CUDA toolkit {torch.version.cuda}, then {rebuild}"
+            )
+    except ImportError as error:
+        unavailable = (
+            f"the CUDA extension resnet_fused._CUDA does not load ({error}); it was built for another CUDA than that "
+            f"of torch {torch.__version__}, {torch.version.cuda or 'none'}, or CUDA's libraries are missing: with the "
+            f"torch and the CUDA toolkit that you want, {rebuild}"
+        )
+    register("cuda", "resnet_fused", ("cuda",), unavailable, masks=True, detail=detail)
+
+
 _register_cpu()
+_register_cuda()
 _backends["eager"] = Backend("eager", (), detail="PyTorch's own operators, unfused, on any device")
 
 

@@ -3,6 +3,7 @@
 The schemas are in csrc/ops.cpp. Every backend's namespace has the same four ops, so it registers the same fakes.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -53,16 +54,15 @@ def _batch_norm_relu(input, *arguments):
     return _like_input(input), _statistics(input)
 
 
-def _batch_norm_add_relu(input, residual, *arguments):
+def _batch_norm_add_relu(masking, input, residual, *arguments):
+    """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
     check_device("residual", residual, input)
-    return *_batch_norm_relu(input, *arguments), None
-
-
-def _batch_norm_add_relu_masked(input, residual, *arguments):
-    *outputs, _ = _batch_norm_add_relu(input, residual, *arguments)
+    outputs = _batch_norm_relu(input, *arguments)
     training = arguments[-3]
+    if not training or input.device.type not in masking:
+        return *outputs, None
     rows, columns = _matrix_shape(input)
-    return *outputs, input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8) if training else None
+    return *outputs, input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8)
 
 
 def _batch_norm_relu_backward(
@@ -104,15 +104,23 @@ class Ops(NamedTuple):
     batch_norm_add_relu_backward: OpOverload
 
 
-_FAKES = Ops(_batch_norm_relu, _batch_norm_relu_backward, _batch_norm_add_relu, _batch_norm_add_relu_backward)
+_masking: dict[str, set[str]] = {}  # namespace -> see _batch_norm_add_relu
 
 
-def register_fakes(namespace: str, masks: bool) -> Ops:
-    """Register the fake implementation of each op of ``torch.ops.<namespace>``; returns the ops.
+def register_fakes(namespace: str, masking: tuple[str, ...]) -> Ops:
+    """Register the fake implementation of each op of ``torch.ops.<namespace>``, once; returns the ops.
 
-    ``masks``: whether its forward writes the ReLU's mask, in training.
+    ``masking``: types of devices, further ones at each call, on which its forward writes the ReLU's mask, in training.
     """
-    fakes = _FAKES._replace(batch_norm_add_relu=_batch_norm_add_relu_masked) if masks else _FAKES
-    for name, fake in fakes._asdict().items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+    if namespace not in _masking:
+        _masking[namespace] = set()
+        fakes = Ops(
+            _batch_norm_relu,
+            _batch_norm_relu_backward,
+            partial(_batch_norm_add_relu, _masking[namespace]),
+            _batch_norm_add_relu_backward,
+        )
+        for name, fake in fakes._asdict().items():
+            torch.library.register_fake(f"{namespace}::{name}", fake)
+    _masking[namespace].update(masking)
     return Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in Ops._fields))

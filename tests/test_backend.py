@@ -13,6 +13,7 @@ import resnet_fused
 from resnet_fused import available_backends, functional, use_backend
 from resnet_fused import backend as backend_module
 
+from . import cuda_on_cpu
 from .problem import Problem
 
 
@@ -29,8 +30,9 @@ def _call(device="cpu"):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A copy of the registered backends, to change at will."""
+    """A copy of the package's own backends, to change at will."""
     backends = dict(backend_module._backends)
+    backends.pop(cuda_on_cpu.BACKEND, None)
     monkeypatch.setattr(backend_module, "_backends", backends)
     monkeypatch.setattr(backend_module, "_warned", set())
     monkeypatch.setattr(backend_module, "_chosen", "auto")

@@ -1,0 +1,158 @@
+"""What setup.py builds, and what it refuses and why: with and without nvcc, and with one of another CUDA than torch's.
+
+Nothing is compiled: nvcc is a script that answers what setup.py asks, and setup.py runs for its --version.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH_CUDA = torch.version.cuda or "13.0"
+MAJOR = int(TORCH_CUDA.split(".")[0])
+CUDA_TORCH = f"import torch; torch.version.cuda = {TORCH_CUDA!r}"
+CPU_TORCH = "import torch; torch.version.cuda = None"
+ARCHITECTURES = "50 75 80 86 90 100 103 120"
+
+needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+
+SETUP = """
+import json, os, sys
+sys.argv = ["setup.py", "--version"]
+{stand_in}
+exec(open("setup.py").read())
+from torch.utils.cpp_extension import CUDA_HOME
+print(json.dumps({{
+    "built": {{extension.name: extension.sources for extension in extensions}},
+    "depends": extensions[0].depends,
+    "CUDA_HOME": CUDA_HOME,
+    "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
+}}))
+"""
+
+
+def _nvcc(path, version=TORCH_CUDA, architectures=ARCHITECTURES, top=None):
+    """A script that answers as nvcc does."""
+    names = "\\n".join(f"compute_{name}" for name in architectures.split())
+    path.parent.mkdir(parents=True)
+    path.write_text(f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+  --list-gpu-arch) printf '{names}\\n' ;;
+  --dryrun) printf '#$ _SPACE_=\\n#$ TOP={top or path.parent}/..\\n#$ rm x\\n' >&2 ;;
+  *) exit 1 ;;
+esac
+""")
+    path.chmod(0o755)
+    return path
+
+
+def _run(stand_in="", nvcc=None, **environment):
+    """setup.py, with this nvcc first on PATH, and Python code run before it in place of what the machine has."""
+    unset = ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    if nvcc is not None:
+        inherited["PATH"] = f"{nvcc.parent}{os.pathsep}{inherited['PATH']}"
+    code = SETUP.format(stand_in=stand_in)
+    environment = {**inherited, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def _report(*arguments, **options):
+    done = _run(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _refusal(*arguments, **options):
+    done = _run(*arguments, **options)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@needs_cuda_torch
+def test_nvcc_is_enough_to_build_for_cuda_whatever_the_gpu(tmp_path):
+    report = _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), CUDA_VISIBLE_DEVICES="")
+    assert set(report["built"]) == {"resnet_fused._C", "resnet_fused._CUDA"}
+    assert "csrc/ops.cpp" in report["built"]["resnet_fused._C"]  # the schemas, which nothing else may define
+    assert all(source.startswith("csrc/cuda/") for source in report["built"]["resnet_fused._CUDA"])
+
+
+@needs_cuda_torch
+def test_an_nvcc_of_another_minor_version_will_do(tmp_path):
+    assert "resnet_fused._CUDA" in _report(nvcc=_nvcc(tmp_path / "bin/nvcc", f"{MAJOR}.99"))["built"]
+
+
+@pytest.mark.parametrize(("force", "other"), [("", MAJOR - 1), ("1", MAJOR * 10 + 1)])
+def test_an_nvcc_of_another_major_version_is_refused_with_both_named(tmp_path, force, other):
+    nvcc = _nvcc(tmp_path / "bin/nvcc", f"{other}.4")
+    message = _refusal(CUDA_TORCH, nvcc, FORCE_CUDA=force)
+    assert f"nvcc is of CUDA {other}.4, torch {torch.__version__} of CUDA {TORCH_CUDA}:" in message
+    assert str(nvcc) in message and "Set CUDA_HOME" in message and "FORCE_CUDA=0 builds without CUDA" in message
+
+
+def test_force_cuda_0_leaves_cuda_out_and_asks_no_nvcc(tmp_path):
+    nvcc = _nvcc(tmp_path / "bin/nvcc", f"{MAJOR - 1}.4")
+    assert list(_report(CUDA_TORCH, nvcc, FORCE_CUDA="0")["built"]) == ["resnet_fused._C"]
+
+
+def test_without_nvcc_only_force_cuda_1_is_refused(tmp_path):
+    assert list(_report(CUDA_TORCH, CUDA_HOME=tmp_path)["built"]) == ["resnet_fused._C"]
+    message = _refusal(CUDA_TORCH, CUDA_HOME=tmp_path, FORCE_CUDA="1")
+    assert "FORCE_CUDA=1, but there is no nvcc (in CUDA_HOME" in message
+    assert f"install the CUDA toolkit {TORCH_CUDA}, or set CUDA_HOME to it" in message
+
+
+def test_beside_a_torch_without_cuda_only_force_cuda_1_is_refused(tmp_path):
+    nvcc = _nvcc(tmp_path / "bin/nvcc")
+    assert list(_report(CPU_TORCH, nvcc)["built"]) == ["resnet_fused._C"]
+    message = _refusal(CPU_TORCH, nvcc, FORCE_CUDA="1")
+    assert f"FORCE_CUDA=1, but torch {torch.__version__} is built without CUDA: install a CUDA build" in message
+
+
+def test_another_value_of_force_cuda_is_refused():
+    assert "FORCE_CUDA: expected 0, 1 or nothing, got 'yes'" in _refusal(FORCE_CUDA="yes")
+
+
+@needs_cuda_torch
+def test_a_wrapper_script_leads_to_the_toolkit_that_it_calls(tmp_path):
+    toolkit = _nvcc(tmp_path / "toolkit/bin/nvcc")
+    wrapper = _nvcc(tmp_path / "elsewhere/bin/nvcc", top=toolkit.parent)
+    assert _report(nvcc=wrapper)["CUDA_HOME"] == str(tmp_path / "toolkit")
+
+
+@needs_cuda_torch
+def test_cuda_home_comes_before_path(tmp_path):
+    chosen = _nvcc(tmp_path / "chosen/bin/nvcc")
+    other = _nvcc(tmp_path / "other/bin/nvcc", f"{MAJOR - 1}.4")
+    assert _report(nvcc=other, CUDA_HOME=chosen.parent.parent)["CUDA_HOME"] == str(tmp_path / "chosen")
+
+
+@needs_cuda_torch
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (ARCHITECTURES, "7.5;8.0;9.0+PTX;10.0;12.0"),
+        ("50 70 75 80 90", "7.5;8.0;9.0+PTX"),
+        ("80 90 100 120 130", "8.0;9.0+PTX;10.0;12.0"),
+    ],
+)
+def test_the_default_architectures_are_those_that_nvcc_knows(tmp_path, known, expected):
+    nvcc = _nvcc(tmp_path / "bin/nvcc", architectures=known)
+    assert _report(nvcc=nvcc, TORCH_CUDA_ARCH_LIST="")["architectures"] == expected
+
+
+@needs_cuda_torch
+def test_the_architectures_asked_for_are_kept(tmp_path):
+    assert _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), TORCH_CUDA_ARCH_LIST="8.6")["architectures"] == "8.6"
+
+
+def test_a_source_distribution_made_without_cuda_holds_its_sources():
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    assert "csrc/cuda/module.cpp" in sources
+    assert set(_report(FORCE_CUDA="0")["depends"]) == sources
