@@ -166,22 +166,44 @@ def compiled(function):
 # Timing
 
 
-def measure(providers, rounds, seconds):
+def _host_timer(call):
+    """Function of a number of calls: the host's seconds for each. Timer runs the first calls untimed, pauses garbage
+    collection and synchronises with the GPU."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return lambda calls: timer.timeit(calls).mean
+
+
+def _gpu_timer(call):
+    """The same by CUDA events: without what passes on the host before the first and after the last kernel."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def seconds(calls):
+        call()
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    return seconds
+
+
+def measure(providers, rounds, seconds, timer_of=_host_timer):
     """Seconds per call of each provider: a list for each, one mean per block of calls.
 
     The providers take turns in blocks of several calls, so that drift of the clock meets all alike. Not call by call:
-    a provider that streams its output past the caches would leave the next one's inputs cold. Timer runs each block's
-    first calls untimed, pauses garbage collection and synchronises with the GPU.
+    a provider that streams its output past the caches would leave the next one's inputs cold.
     """
-    timers = [Timer("call()", globals={"call": p.call}, num_threads=torch.get_num_threads()) for p in providers]
-    estimates = [timer.timeit(2).mean for timer in timers]
+    timers = [timer_of(provider.call) for provider in providers]
+    estimates = [timer(2) for timer in timers]
     calls = [max(2, round(0.01 / estimate)) for estimate in estimates]
     block_seconds = statistics.mean(n * estimate for n, estimate in zip(calls, estimates, strict=True))
     rounds = max(rounds, round(seconds / block_seconds))
     times = [[] for _ in providers]
     for _ in range(rounds):
         for timer, n, of_one in zip(timers, calls, times, strict=True):
-            of_one.append(timer.timeit(n).mean)
+            of_one.append(timer(n))
     return times
 
 
@@ -219,7 +241,9 @@ def run(args, cases):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         providers = [p for p in case.setup() if p.name in ("eager", *args.providers)]
-        rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds))
+        on_gpu = args.device.type == "cuda" and case.phase != "host_overhead"
+        timer_of = _gpu_timer if on_gpu else _host_timer
+        rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds, timer_of))
     return rows
 
 

@@ -1,9 +1,11 @@
 """The tail of a residual block, relu(batch_norm(x) + residual), in training: forward, backward and both.
 
 Providers: eager's three operators in the reference block's in-place form; torch.compile of them (with --providers, as
-it compiles for minutes); the fused operator; and the time to copy x once, the unit in which the limit is known.
+it compiles for minutes); the fused operator; and the time to copy x once, the unit in which the limit is known. On a
+GPU also eager's without cuDNN, and eager's and the fused one replayed as a CUDA graph.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -25,6 +27,8 @@ SWEEP = [2**k for k in range(10, 31, 2)]  # bytes per tensor, 1 KiB to 1 GiB
 # y written. Backward: grad_output, x and y read, both gradients written.
 LIMIT_IN_COPIES = {"forward": 3 / 2, "backward": 5 / 2, "forward+backward": 8 / 2}
 
+ROTATING_BYTES = 2**28  # on a GPU, of tensors that take turns: more than its L2 cache, which would serve them otherwise
+
 
 def eager(input, residual, running_mean, running_var, weight, bias):
     """The reference block's form."""
@@ -35,8 +39,45 @@ def fused(*tensors):
     return batch_norm_add_relu(*tensors, training=True)
 
 
+def _taking_turns(calls):
+    """A function that calls one of ``calls`` after the other."""
+    if len(calls) == 1:
+        return calls[0]
+    following = itertools.cycle(calls)
+    return lambda: next(following)()
+
+
+def _as_graph(call):
+    """``call``, recorded as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # what it allocates and chooses once is not for the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def _without_cudnn(function):
+    def call(*args):
+        with torch.backends.cudnn.flags(enabled=False):
+            return function(*args)
+
+    return call
+
+
 def setup(device, shape, dtype, memory_format, phase):
     """The providers at one shape; roughly half of the outputs are clipped."""
+    size = math.prod(shape) * harness.DTYPES[dtype].itemsize
+    sets = min(16, max(1, ROTATING_BYTES // (6 * size))) if device.type == "cuda" else 1
+    one_each = zip(*(_providers(device, shape, dtype, memory_format, phase) for _ in range(sets)), strict=True)
+    return [dataclasses.replace(same[0], call=_taking_turns([p.call for p in same])) for same in one_each]
+
+
+def _providers(device, shape, dtype, memory_format, phase):
+    """With tensors of their own."""
 
     def randn():
         tensor = torch.randn(shape, dtype=harness.DTYPES[dtype], device=device)
@@ -48,7 +89,7 @@ def setup(device, shape, dtype, memory_format, phase):
     bias = torch.randn(shape[1], **vector).requires_grad_()
     needs_grad = (input, residual, weight, bias)
 
-    def provider(name, tail, backend):
+    def provider(name, tail, backend, graph=False):
         running = torch.zeros(shape[1], **vector), torch.ones(shape[1], **vector)
         forward = functools.partial(tail, input, residual, *running, weight, bias)
         output = functools.cache(forward)  # one graph, made at the first backward
@@ -57,15 +98,22 @@ def setup(device, shape, dtype, memory_format, phase):
             "backward": lambda: torch.autograd.grad(output(), needs_grad, grad_output, retain_graph=True),
             "forward+backward": lambda: torch.autograd.grad(forward(), needs_grad, grad_output),
         }
-        return harness.Provider(name, calls[phase], memory_format, backend)
+        return harness.Provider(name, _as_graph(calls[phase]) if graph else calls[phase], memory_format, backend)
 
     copy = functools.partial(torch.empty_like(input, requires_grad=False).copy_, input.detach())
-    return [
+    backend = harness.fused_backend(device)
+    providers = [
         provider("eager", eager, "eager"),
         provider("torch.compile", harness.compiled(eager), "inductor"),
-        provider("fused", fused, harness.fused_backend(device)),
+        provider("fused", fused, backend),
         harness.Provider("copy", copy, memory_format),
     ]
+    if device.type == "cuda":
+        providers.append(provider("eager, no cuDNN", _without_cudnn(eager), "eager"))
+        if phase != "backward":  # that of a forward outside the graph belongs to another stream
+            providers.append(provider("eager, graph", eager, "eager", graph=True))
+            providers.append(provider("fused, graph", fused, backend, graph=True))
+    return providers
 
 
 def shape_of_size(size, itemsize):
@@ -94,8 +142,8 @@ def cases(args):
     return result
 
 
-def share_of_limit(rows):
-    """The table's further column: least time, by what a copy took in the same case, over the time taken."""
+def further_columns(rows):
+    """Least time, by what a copy took in the same case, over the time taken; and the bytes of the least over it."""
 
     def key(row):
         return row["shape"], row["dtype"], row["memory_format"], row["phase"], row["threads"]
@@ -106,7 +154,12 @@ def share_of_limit(rows):
         limit = [LIMIT_IN_COPIES[row["phase"]] * copy_ms for of, copy_ms in copies if of == key(row)]
         return f"{limit[0] / row['median_ms']:.0%}" if limit and row["provider"] != "copy" else ""
 
-    return {"of the limit": share}
+    def gigabytes_per_second(row):
+        size = math.prod(row["shape"]) * harness.DTYPES[row["dtype"]].itemsize
+        copies = 1 if row["provider"] == "copy" else LIMIT_IN_COPIES[row["phase"]]
+        return f"{2 * copies * size / row['median_ms'] / 1e6:.0f}"
+
+    return {"of the limit": share, "GB/s": gigabytes_per_second}
 
 
 def print_means(rows):
@@ -142,7 +195,9 @@ def plot_sizes(args, machine, rows):
 
 
 def main(argv=None):
-    parser = harness.make_parser("tail", __doc__, 32, ("fused", "copy", "torch.compile"), ("fused", "copy"))
+    on_gpu = ("eager, no cuDNN", "eager, graph", "fused, graph") if torch.cuda.is_available() else ()
+    default = ("fused", "copy", *on_gpu)
+    parser = harness.make_parser("tail", __doc__, 32, (*default, "torch.compile"), default)
     parser.add_argument(
         "--sizes",
         type=int,
@@ -155,7 +210,7 @@ def main(argv=None):
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))
     plot = plot_ratios if args.sizes is None else plot_sizes
-    harness.report(args, machine, rows, plot, share_of_limit(rows))
+    harness.report(args, machine, rows, plot, further_columns(rows))
     print_means(rows)
 
 

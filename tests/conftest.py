@@ -11,6 +11,8 @@ from resnet_fused import use_backend
 from . import cuda_on_cpu
 
 BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}  # name -> device on which it is tested
+if torch.cuda.is_available():
+    BACKENDS["cuda"] = "cuda"
 LARGEST_EMULATED = 50_000  # elements: an emulated kernel takes microseconds for each
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -29,7 +31,11 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if not is_too_large(item)]
 
 
-@pytest.fixture(params=BACKENDS)
+def _parameter(backend):
+    return pytest.param(backend, marks=pytest.mark.gpu) if BACKENDS[backend] == "cuda" else backend
+
+
+@pytest.fixture(params=map(_parameter, BACKENDS))
 def backend(request):
     """Each fused backend in turn, in use for the whole test."""
     cuda_on_cpu.load_if_named(request.param)
