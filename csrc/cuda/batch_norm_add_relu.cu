@@ -42,6 +42,14 @@ __device__ __forceinline__ T narrow(acc_t<T> value) {
   }
 }
 
+// The largest value that is stored as 0.
+template <typename T>
+constexpr acc_t<T> kVanishing = 0;
+template <>
+constexpr float kVanishing<__half> = 0x1p-25f;
+template <>
+constexpr float kVanishing<__nv_bfloat16> = 0x1p-134f;
+
 // Calls f(T{}) with the element type, on the host or on the device as f is.
 #pragma nv_exec_check_disable
 template <typename F>
@@ -145,6 +153,7 @@ struct Position {
   template <bool kReverse, typename F>
   __device__ __forceinline__ void for_each_row(F f) const {
     const int64_t turns = rows_of(0);
+#pragma unroll 1  // loads do not pass the stores before them, so that unrolled turns cost registers for nothing
     for (int64_t turn = 0; turn < turns; ++turn) {
       f(row_begin + (kReverse ? turns - 1 - turn : turn) * blockDim.y + threadIdx.y);
     }
@@ -286,8 +295,8 @@ __device__ __forceinline__ acc_t<T> origin_of(const Global<const T>& input, cons
   return median - median == 0 ? median : 0;  // an infinite origin would turn infinities into NaNs
 }
 
-// A channel's last group: statistics, and the running ones.
-__device__ __forceinline__ void finish_statistics(const Forward& f, int64_t c, double mean, double m2) {
+// A channel's last group: statistics, and the running ones. Not inlined: float64's kernel would spill on sm_120.
+__device__ __attribute__((noinline)) void finish_statistics(const Forward& f, int64_t c, double mean, double m2) {
   const Plan& plan = f.plan;
   const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
   m2 = m2 < 0 ? 0 : m2;  // by rounding; NaN stays
@@ -327,7 +336,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   if (position.inside) {
     position.for_each_column([&](int k, int channel) { origin[k] = origins.load(channel); });
     int64_t count = 0;
-#pragma unroll 4
+#pragma unroll(sizeof(T) == 4 ? 2 : 1)  // as registers allow, without a spill
     for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
       const auto x = input.template load_vector<kWidth>(row * plan.columns + position.column);
       const A share = 1 / static_cast<A>(++count);
@@ -511,7 +520,7 @@ struct Gradient {
       } else if constexpr (kMask == Mask::output) {
         passed = !(widen(y[k]) <= 0);
       } else {
-        passed = !(widen(narrow<T>(normalized(centered, scale[k], shift[k]))) <= 0);  // as it was stored
+        passed = !(normalized(centered, scale[k], shift[k]) <= kVanishing<T>);
       }
       f(k, passed ? g[k] : narrow<T>(0), centered);
     }
@@ -570,7 +579,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
     });
     const Gradient<T, kWidth, kMask> gradient(b);
-#pragma unroll 2
+#pragma unroll(kWidth < 8 ? 2 : 1)
     for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
       gradient.for_each(row, position.column, true, mean, scale, shift, [&](int k, T masked, A centered) {
         const A g = widen(masked);

@@ -49,18 +49,26 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int elemen
   if (!aligned || base.columns % base.width != 0) base.width = 1;
   const int64_t vectors = ceil_div(base.columns, base.width);
 
-  // The candidate that is soonest done, if every row takes as long and starting a block as long as four. Several sizes
-  // of blocks, as a batch of one leaves no rows to split: 200704 threads are 1.5 waves of 256, but two of 384.
+  // The candidate that is soonest done, if every row takes as long, starting a block as long as four, and reading four
+  // partial sums as long as one. Several sizes of blocks, as a batch of one leaves no rows to split: 200704 threads are
+  // 1.5 waves of 256, but two of 384.
   Plan best{};
   double least = 0;
   for (const int threads : {256, 384, 192}) {
     for (const int64_t most_x : {8, 16, 32, 64, kMaxTileX}) {
       Plan plan = base;
-      const int64_t threads_x = at_most(round_up(vectors, 8), most_x);
+      // Whole warps: 4 rows of threads, or a multiple, make them of any multiple of 8, where there is room for 4.
+      const int64_t threads_x = at_most(round_up(vectors, vectors > kMaxThreads / 4 ? 32 : 8), most_x);
       const int64_t threads_y = at_most(threads / threads_x, outer);
       plan.threads_x = static_cast<int>(threads_x), plan.threads_y = static_cast<int>(threads_y);
-      if (plan.threads() % 32 != 0) plan.threads_y = static_cast<int>(round_up(threads_y, 4));  // whole warps
+      if (plan.threads() % 32 != 0) plan.threads_y = static_cast<int>(round_up(threads_y, 4));
+      if (plan.threads() > kMaxThreads) plan.threads_y -= 4;
       plan.tiles = ceil_div(vectors, threads_x);
+      if (plan.tiles > INT32_MAX && most_x < kMaxTileX) continue;  // a grid has no more blocks
+      plan.splits = 1;
+      // Partial sums that a thread of the last block of a tile reads, for each split.
+      const int64_t tile_channels = at_most((plan.tile_columns() + inner - 2) / inner + 1, channels);
+      const double finish = static_cast<double>(plan.partials() * tile_channels) / plan.threads();
 
       const int resident = kResidentThreads / plan.threads();  // blocks of a multiprocessor
       for (int level = 1; level <= resident * kWaves; level += level < resident ? 1 : resident) {
@@ -77,8 +85,9 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int elemen
 
         const double turns = static_cast<double>(ceil_div(plan.split_rows, plan.threads_y)) + 4;
         const double busy = static_cast<double>(at_most(per_multiprocessor, resident) * plan.threads());
+        const double finishing = static_cast<double>(plan.splits) * finish / 4;
         // Half the threads keep the memory busy.
-        double cost = static_cast<double>(waves) * turns * (busy < 512 ? 512 : busy);
+        double cost = (static_cast<double>(waves) * turns + finishing) * (busy < 512 ? 512 : busy);
         if (plan.blocks() < multiprocessors) cost *= 4;
         if (plan.last_wave < 0.8 && plan.waves < kWaves) cost *= 2;
         if (least == 0 || cost < least) least = cost, best = plan;

@@ -1,0 +1,649 @@
+"""What nvcc makes of the CUDA kernels, read off its machine code (SASS), for each generation of GPUs; no GPU needed.
+
+Registers and shared memory leave room for the blocks that the plan counts on; the loop over rows moves 16 bytes at each
+access and nothing else but a byte of the mask; nothing is rounded or added as fast-math would.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "csrc"
+KERNELS = SOURCES / "cuda" / "batch_norm_add_relu.cu"
+FLAGS = ["-std=c++17", "-O3", *COMMON_NVCC_FLAGS]  # setup.py's and torch's
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+REGISTERS = 65536  # of a multiprocessor
+SHARED_MEMORY = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "sm_120": 100 * 1024}  # likewise
+RESERVED = 1024  # bytes of shared memory that each block takes besides
+BLOCKS = (384, 256, 192)  # threads: the sizes that the plan chooses among
+
+# Blocks of so many threads of which a multiprocessor holds fewer than the plan counts on, by their shared memory: how
+# many it holds.
+FEWER_BLOCKS = {
+    "sm_120": {
+        256: {"gradient_sums<half, 8, input>": 2, "gradient_sums<bfloat16, 8, input>": 2},
+        192: {
+            "statistics<half, 8>": 3,
+            "statistics<bfloat16, 8>": 3,
+            **{
+                f"gradient_sums<{element}, 8, {mask}>": blocks
+                for element in ("half", "bfloat16")
+                for mask, blocks in (("bits", 3), ("output", 3), ("input", 2))
+            },
+        },
+    }
+}
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+FULL_WIDTHS = {"half": 8, "bfloat16": 8, "float": 4, "double": 2}
+VARIANTS = {
+    "statistics": (None,),
+    "normalize": ("relu", "add_relu"),
+    "gradient_sums": ("bits", "output", "input"),
+    "input_gradient": ("bits", "output", "input"),
+}
+MANGLED = re.compile(
+    r"\d(?P<name>statistics|normalize|gradient_sums|input_gradient)"
+    r"I(?P<element>6__half|13__nv_bfloat16|f|d)Li(?P<width>\d+)E(?:Lb(?P<residual>[01])E|L\w*4MaskE(?P<mask>\d)E)?EEv"
+)
+ELEMENTS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
+
+
+class Kernel(NamedTuple):
+    """An instantiation of a kernel template."""
+
+    name: str
+    element: str
+    width: int
+    variant: str | None
+
+    def __str__(self):
+        return f"{self.name}<{', '.join(str(argument) for argument in self[1:] if argument is not None)}>"
+
+    @property
+    def is_full_width(self):
+        return self.width == FULL_WIDTHS[self.element]
+
+
+ALL_KERNELS = {
+    Kernel(name, element, width, variant)
+    for name, variants in VARIANTS.items()
+    for element, full_width in FULL_WIDTHS.items()
+    for width, variant in itertools.product((1, full_width), variants)
+}
+
+
+def kernel_of(mangled):
+    """The Kernel of a mangled name; the name itself where it is another function's."""
+    match = MANGLED.search(mangled)
+    if not match:
+        return "count_batch" if "count_batch" in mangled else mangled
+    variant = None
+    if match["residual"]:
+        variant = VARIANTS["normalize"][int(match["residual"])]
+    elif match["mask"]:
+        variant = VARIANTS["gradient_sums"][int(match["mask"])]  # in the order of the enumeration Mask
+    return Kernel(match["name"], ELEMENTS[match["element"]], int(match["width"]), variant)
+
+
+# Compilation ----------------------------------------------------------------------------------------------------------
+
+
+def find(tool):
+    """A tool of the CUDA toolkit: on PATH, in the toolkit, in triton's wheel; or None."""
+    folders = [Path(CUDA_HOME) / "bin"] if CUDA_HOME else []
+    nvcc = shutil.which("nvcc")
+    folders += [Path(nvcc).resolve().parent] if nvcc else []
+    triton = importlib.util.find_spec("triton")
+    if triton and triton.submodule_search_locations:
+        folders += [Path(folder) / "backends" / "nvidia" / "bin" for folder in triton.submodule_search_locations]
+    candidates = (shutil.which(tool), *(shutil.which(folder / tool) for folder in folders))
+    return next((candidate for candidate in candidates if candidate), None)
+
+
+NVCC = find("nvcc")
+NVDISASM = find("nvdisasm")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc: it comes with the CUDA toolkit")
+needs_nvdisasm = pytest.mark.skipif(
+    NVCC is None or NVDISASM is None,
+    reason="there is no nvcc or no nvdisasm: the CUDA toolkit has both, triton the latter",
+)
+
+
+def output_of(*command):
+    result = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def compile_kernels(source, architecture, folder, *flags):
+    """(what ptxas says of each kernel, their machine code): texts, kept in `folder` while nothing changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256("\n".join([output_of(NVCC, "--version"), *FLAGS, *flags, architecture]).encode())
+    for path in [source, *sorted(path for path in SOURCES.rglob("*.*h") if path.is_file())]:
+        key.update(path.read_bytes())
+    cubin, log, code, made = (folder / name for name in ("kernels.cubin", "ptxas.txt", "sass.txt", "key.txt"))
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(open(folder / "lock", "w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)  # against other processes of pytest-xdist
+        if not made.exists() or made.read_text() != key.hexdigest():
+            made.unlink(missing_ok=True)
+            code.unlink(missing_ok=True)
+            log.write_text(
+                output_of(NVCC, *FLAGS, *flags, f"-arch={architecture}", "-cubin", "-Xptxas=-v", "-o", cubin, source)
+            )
+            made.write_text(key.hexdigest())
+        if NVDISASM and not code.exists():
+            code.write_text(output_of(NVDISASM, "-c", cubin))
+    return log.read_text(), code.read_text() if NVDISASM else ""
+
+
+@functools.cache
+def compiled(architecture):
+    """({kernel: Resources}, {kernel: [Instruction]}) of csrc/cuda/batch_norm_add_relu.cu."""
+    log, code = compile_kernels(KERNELS, architecture, ROOT / "build" / "cuda_static" / architecture)
+    return resources_of(log), instructions_of(code)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture
+def resources(architecture):
+    return compiled(architecture)[0]
+
+
+@pytest.fixture
+def code(architecture):
+    return compiled(architecture)[1]
+
+
+# Registers and memory -------------------------------------------------------------------------------------------------
+
+
+class Resources(NamedTuple):
+    registers: int
+    shared: int  # bytes
+    stack: int
+    spills: int
+
+
+def resources_of(log):
+    """{kernel: Resources}, as `ptxas -v` prints them."""
+    found = {}
+    for text in log.split("Compiling entry function '")[1:]:
+        kernel = kernel_of(text[: text.index("'")])
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text
+        ).groups()
+        registers = re.search(r"Used (\d+) registers", text)[1]
+        shared = re.search(r"(\d+) bytes smem", text)
+        found[kernel] = Resources(int(registers), int(shared[1]) if shared else 0, int(stack), int(stores) + int(loads))
+    return found
+
+
+def round_up(value, multiple):
+    return -(-value // multiple) * multiple
+
+
+def blocks_by_registers(registers, threads):
+    """Blocks that a multiprocessor has registers for. A warp takes a multiple of 256, and is one of a quarter's."""
+    of_a_warp = round_up(32 * round_up(registers, 8), 256)
+    return REGISTERS // 4 // of_a_warp * 4 // (threads // 32)
+
+
+def blocks_by_shared_memory(shared, architecture):
+    return SHARED_MEMORY[architecture] // round_up(shared + RESERVED, 128)
+
+
+@functools.cache
+def constants():
+    """The constants of csrc/cuda/plan.h, by name."""
+    text = (SOURCES / "cuda" / "plan.h").read_text()
+    return {name: int(value) for name, value in re.findall(r"^constexpr int (\w+) = (\d+);", text, re.MULTILINE)}
+
+
+# Machine code ---------------------------------------------------------------------------------------------------------
+
+SECTION = re.compile(r"\s*\.section\s+(\.text\.)?([^\s,]+)")
+LABEL = re.compile(r"([.$\w]+):\s*$")
+INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)")
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str | None
+    operation: str
+    operands: str
+    targets: tuple  # indices of instructions that the operands name
+
+    def is_one_of(self, *names):
+        return self.operation.split(".")[0] in names
+
+    @property
+    def is_call(self):
+        """Functions have names; a CALL of a mere label is a jump."""
+        return self.is_one_of("CALL") and "`(.L_" not in self.operands
+
+
+def instructions_of(text):
+    """{kernel: [Instruction]} of nvdisasm's output."""
+    found, instructions, labels = {}, None, {}
+    for line in text.splitlines():
+        if section := SECTION.match(line):
+            instructions, labels = [], {}
+            if section[1]:
+                found[kernel_of(section[2])] = instructions, labels
+        elif instructions is None:
+            continue
+        elif label := LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif match := INSTRUCTION.match(line):
+            instructions.append((int(match[1], 16), match[2], match[3], match[4]))
+
+    def targets(operands, labels):
+        names = re.findall(r"`\(([^)]+)\)", operands)
+        names += [
+            name.strip() for group in re.findall(r'BRANCH_TARGETS ([^"]+)', operands) for name in group.split(",")
+        ]
+        return tuple(labels[name] for name in names if name in labels)
+
+    return {
+        kernel: [Instruction(*fields, targets(fields[-1], labels)) for fields in instructions]
+        for kernel, (instructions, labels) in found.items()
+        if instructions
+    }
+
+
+def successors(code):
+    """For each instruction those that may follow it, by index; calls return."""
+    for i, instruction in enumerate(code):
+        falls_through = instruction.predicate is not None
+        branches = instruction.is_one_of("BRA", "BRX", "BRXU", "JMP", "JMX", "CALL") and not instruction.is_call
+        if instruction.is_one_of("BRA"):  # BRA.U P0 and BRA.DIV are conditional
+            falls_through |= instruction.operation != "BRA" or bool(re.match(r"\s*!?U?P\d", instruction.operands))
+        elif instruction.is_one_of("WARPSYNC"):
+            branches = falls_through = True
+        elif not branches and not instruction.is_one_of("EXIT", "RET"):
+            falls_through = True
+        following = set(instruction.targets) if branches else set()
+        if falls_through and i + 1 < len(code):
+            following.add(i + 1)
+        yield sorted(following)
+
+
+def loops_of(code):
+    """The outermost loops, each a sorted list of indices: Tarjan's strongly connected components."""
+    following = list(successors(code))
+    order, lowest, on_stack, stack, loops = {}, {}, set(), [], []
+    for root in range(len(code)):
+        if root in order:
+            continue
+        work = [(root, iter(following[root]))]
+        order[root] = lowest[root] = len(order)
+        stack.append(root)
+        on_stack.add(root)
+        while work:
+            node, rest = work[-1]
+            for successor in rest:
+                if successor not in order:
+                    order[successor] = lowest[successor] = len(order)
+                    stack.append(successor)
+                    on_stack.add(successor)
+                    work.append((successor, iter(following[successor])))
+                    break
+                if successor in on_stack:
+                    lowest[node] = min(lowest[node], order[successor])
+            else:
+                work.pop()
+                if work:
+                    lowest[work[-1][0]] = min(lowest[work[-1][0]], lowest[node])
+                if lowest[node] == order[node]:
+                    at = stack.index(node)
+                    loop, stack[at:] = sorted(stack[at:]), []
+                    on_stack.difference_update(loop)
+                    if len(loop) > 1 or node in following[node]:
+                        loops.append(loop)
+    return loops
+
+
+def is_global(instruction):
+    """Whether it accesses global memory, or memory of a kind that is known only when it runs."""
+    return instruction.is_one_of("LDG", "STG", "LD", "ST", "LDGSTS", "UBLKCP")
+
+
+def bits_of(instruction):
+    """The width of an access."""
+    suffixes = instruction.operation.split(".")
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return next((widths[suffix] for suffix in suffixes if suffix in widths), 32)
+
+
+def hot_loops(code):
+    """The loops over rows: those that access global memory and nothing shared, as only they keep all in registers."""
+    return [
+        loop
+        for loop in loops_of(code)
+        if any(is_global(code[i]) for i in loop) and not any(code[i].is_one_of("LDS", "STS") for i in loop)
+    ]
+
+
+def with_callees(code, loop):
+    """A loop's instructions and those of the functions that it calls."""
+    following = list(successors(code))
+    reached, work = set(loop), [target for i in loop if code[i].is_call for target in code[i].targets]
+    while work:
+        i = work.pop()
+        if i not in reached:
+            reached.add(i)
+            work += following[i] + (list(code[i].targets) if code[i].is_call else [])
+    return [code[i] for i in sorted(reached)]
+
+
+class Traffic(NamedTuple):
+    """Accesses of a row of threads: of vectors, and of bytes of the mask."""
+
+    loads: int = 0
+    stores: int = 0
+    mask_loads: int = 0
+    mask_stores: int = 0
+
+
+def traffic_of(kernel):
+    if kernel.name == "statistics":
+        return Traffic(loads=1)
+    if kernel.name == "normalize":
+        with_residual = kernel.variant == "add_relu"
+        return Traffic(loads=1 + with_residual, stores=1, mask_stores=with_residual)
+    loads, stores = 2 + (kernel.variant == "output"), 0 if kernel.name == "gradient_sums" else 2
+    return Traffic(loads=loads, stores=stores, mask_loads=kernel.variant == "bits")
+
+
+def narrow_accesses(code, expected):
+    """What is not as it should be with the accesses of the loops over rows: a list, empty where all is well."""
+    faults, complete = [], False
+    for loop in hot_loops(code):
+        counts = dict.fromkeys(Traffic._fields, 0)
+        backward = [(code[j].address, code[i].address) for i in loop for j in code[i].targets if j in loop and j <= i]
+        for i in loop:
+            instruction = code[i]
+            if not is_global(instruction):
+                continue
+            where = f"{instruction.operation} at {instruction.address:#x}"
+            is_load, bits = instruction.is_one_of("LDG", "LD"), bits_of(instruction)
+            field = ("loads" if is_load else "stores") if bits >= 128 else "mask_loads" if is_load else "mask_stores"
+            counts[field] += 1
+            if bits < 128 and (bits > 8 or not getattr(expected, field)):
+                faults.append(f"{where}: narrower than 16 bytes")
+            if not instruction.is_one_of("LDG", "STG"):
+                faults.append(f"{where}: not known to be of global memory")
+            if not any(target <= instruction.address <= branch for target, branch in backward):
+                faults.append(f"{where}: not between a branch and where it goes back to")
+        # As many rows as are stored; there may be more loads, of which a branch takes some.
+        rows = counts["stores"] // expected.stores if expected.stores else 1
+        complete |= rows > 0 and all(counts[field] >= rows * count for field, count in expected._asdict().items())
+    if not complete:
+        faults.append(f"no loop with {expected}, or a multiple")
+    return faults
+
+
+DOUBLE = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNMX)(\.|$)|.*(\.F64|64H)(\.|$)")
+
+
+def double_arithmetic(code):
+    """Operations on doubles in the loops over rows, and calls of what is not known."""
+    return [
+        i.operation
+        for loop in hot_loops(code)
+        for i in with_callees(code, loop)
+        if DOUBLE.match(i.operation) or i.is_call and not i.targets
+    ]
+
+
+NEGATION = re.compile(r"FADD\.FTZ R\d+, -R\d+, -RZ")  # on the way to a reciprocal that is rounded right
+
+
+def flushing(code):
+    """Operations in the loops over rows that take subnormals for zeros."""
+    instructions = [code[i] for loop in hot_loops(code) for i in loop]
+    return [i.operation for i in instructions if ".FTZ" in i.operation and not NEGATION.match(i.operation + i.operands)]
+
+
+def unordered_sums(code):
+    """Atomic operations other than the count of arrivals: their order, and so a float's rounding, is any."""
+    atomics = [i.operation for i in code if i.is_one_of("ATOM", "ATOMG", "ATOMS", "RED", "REDG", "REDS")]
+    return [operation for operation in atomics if ".INC" not in operation]
+
+
+def spills_in_loops(code):
+    """Local memory in the loops over rows."""
+    return [code[i].operation for loop in hot_loops(code) for i in loop if code[i].is_one_of("LDL", "STL")]
+
+
+# The kernels ----------------------------------------------------------------------------------------------------------
+
+
+@needs_nvcc
+def test_every_instantiation_is_looked_at(resources):
+    assert set(resources) == ALL_KERNELS | {"count_batch"}
+
+
+@needs_nvdisasm
+def test_the_code_of_every_instantiation_is_looked_at(code):
+    assert set(code) == ALL_KERNELS | {"count_batch"}
+
+
+@needs_nvcc
+def test_nothing_spills(resources):
+    assert {str(kernel): r.stack for kernel, r in resources.items() if r.stack or r.spills} == {}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("threads", BLOCKS)
+def test_registers_leave_room_for_the_planned_threads(resources, threads):
+    planned = constants()["kResidentThreads"] // threads
+    short = {
+        str(kernel): r.registers
+        for kernel, r in resources.items()
+        if isinstance(kernel, Kernel) and blocks_by_registers(r.registers, threads) < planned
+    }
+    assert short == {}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("threads", BLOCKS)
+def test_shared_memory_leaves_room_for_the_planned_threads(architecture, resources, threads):
+    known = FEWER_BLOCKS.get(architecture, {}).get(threads, {})
+    planned = constants()["kResidentThreads"] // threads
+    blocks = {str(kernel): blocks_by_shared_memory(r.shared, architecture) for kernel, r in resources.items()}
+    assert {kernel: count for kernel, count in blocks.items() if count < known.get(kernel, planned)} == {}
+
+
+def test_the_sizes_of_blocks_are_those_of_the_plan():
+    sizes = re.search(r"for \(const int threads : \{([\d, ]+)\}\)", (SOURCES / "cuda" / "plan.h").read_text())
+    assert sorted(BLOCKS) == sorted(int(size) for size in sizes[1].split(","))
+    assert max(BLOCKS) == constants()["kMaxThreads"]
+
+
+@needs_nvdisasm
+def test_the_loop_over_rows_moves_16_bytes_at_each_access(code):
+    kernels = [kernel for kernel in ALL_KERNELS if kernel.is_full_width]
+    faults = {str(kernel): narrow_accesses(code[kernel], traffic_of(kernel)) for kernel in kernels}
+    assert {kernel: found for kernel, found in faults.items() if found} == {}
+
+
+@needs_nvdisasm
+def test_the_loop_over_rows_computes_in_float(code):
+    kernels = [kernel for kernel in ALL_KERNELS if kernel.element != "double"]
+    assert all(hot_loops(code[kernel]) for kernel in kernels)
+    faults = {str(kernel): double_arithmetic(code[kernel]) for kernel in kernels}
+    assert {kernel: found for kernel, found in faults.items() if found} == {}
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize("check", [flushing, unordered_sums], ids=lambda check: check.__name__)
+def test_nothing_is_rounded_or_ordered_as_by_fast_math(code, check):
+    assert {str(kernel): check(instructions) for kernel, instructions in code.items() if check(instructions)} == {}
+
+
+# The checks above, on kernels with faults -----------------------------------------------------------------------------
+
+PLANTED = r"""
+#define KERNEL(name) extern "C" __global__ void name(const float4* x, float4* y, unsigned char* mask, int n)
+#define EACH_ROW for (int i = threadIdx.x; i < n; i += blockDim.x)
+
+__device__ float sum(float4 v) { return v.x + v.y * v.z + v.w; }
+__device__ __noinline__ float inverse(float value) { return (float)(1.1 / (double)value); }
+
+KERNEL(right) {
+  EACH_ROW { const float4 v = x[i]; y[i] = v; mask[i] = v.x > 0; }
+}
+KERNEL(narrow_load) {
+  EACH_ROW y[i] = {((const float*)x)[i], 1, 2, 3};
+}
+KERNEL(narrow_store) {
+  EACH_ROW ((float*)y)[i] = sum(x[i]);
+}
+KERNEL(other_loop) {
+  EACH_ROW y[i] = x[i];
+  const float* next = (const float*)x;
+  EACH_ROW mask[i] = next[i] > 0;
+}
+KERNEL(no_loop) {
+  y[threadIdx.x] = x[threadIdx.x];
+}
+KERNEL(doubles) {
+  EACH_ROW { float4 v = x[i]; v.x = (float)(v.x * 1.1); y[i] = v; }
+}
+KERNEL(doubles_in_a_function) {
+  EACH_ROW { float4 v = x[i]; v.x = inverse(v.x); y[i] = v; }
+}
+KERNEL(atomic_float) {
+  EACH_ROW atomicAdd((float*)y, sum(x[i]));
+}
+KERNEL(atomic_count) {
+  atomicInc((unsigned*)y, 7);
+}
+KERNEL(subnormals) {
+  EACH_ROW { float4 v = x[i]; v.x = v.x * v.y + v.z; y[i] = v; }
+}
+extern "C" __global__ void __launch_bounds__(1024, 2) spills(const float4* x, float4* y, unsigned char*, int n) {
+  float4 sums[16] = {};
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      const float4 v = x[16 * i + k];
+      sums[k].x += v.x, sums[k].y += v.y * v.x, sums[k].z += v.z * v.y, sums[k].w += v.w * v.z;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 16; ++k) y[16 * threadIdx.x + k] = sums[k];
+}
+"""
+
+
+@functools.cache
+def planted(folder, *flags):
+    folder.mkdir(exist_ok=True)
+    source = folder / "planted.cu"
+    source.write_text(PLANTED)
+    log, code = compile_kernels(source, "sm_90", folder, *flags)
+    return resources_of(log), instructions_of(code)
+
+
+@pytest.fixture(scope="module")
+def planted_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("planted")
+
+
+COPY = Traffic(loads=1, stores=1)
+COPY_WITH_MASK = Traffic(loads=1, stores=1, mask_stores=1)
+
+
+@needs_nvdisasm
+def test_a_kernel_without_a_fault_passes(planted_folder):
+    resources, code = planted(planted_folder)
+    assert (resources["right"].stack, resources["right"].spills) == (0, 0)
+    assert narrow_accesses(code["right"], COPY_WITH_MASK) == []
+    for check in (double_arithmetic, flushing, spills_in_loops, unordered_sums):
+        assert check(code["right"]) == []
+    assert unordered_sums(code["atomic_count"]) == []
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(
+    ("name", "expected", "fault"),
+    [
+        ("right", COPY, r"STG\.E\.U8 at \w+: narrower than 16 bytes"),
+        ("right", COPY._replace(loads=2), "no loop with"),
+        ("narrow_load", COPY, r"LDG\.E\S* at \w+: narrower than 16 bytes"),
+        ("narrow_store", COPY, r"STG\.E at \w+: narrower than 16 bytes"),
+        ("narrow_store", COPY_WITH_MASK, r"STG\.E at \w+: narrower than 16 bytes"),
+        ("other_loop", COPY_WITH_MASK, r"LDG\.E\S* at \w+: narrower than 16 bytes"),
+        ("no_loop", COPY, "no loop with"),
+    ],
+)
+def test_a_narrow_access_is_found(planted_folder, name, expected, fault):
+    faults = narrow_accesses(planted(planted_folder)[1][name], expected)
+    assert any(re.match(fault, found) for found in faults), faults
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [
+        (double_arithmetic, "doubles"),
+        (double_arithmetic, "doubles_in_a_function"),
+        (unordered_sums, "atomic_float"),
+        (spills_in_loops, "spills"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_planted_operation_is_found(planted_folder, check, name):
+    assert check(planted(planted_folder)[1][name]) != []
+
+
+@needs_nvdisasm
+def test_fast_math_is_found(planted_folder):
+    assert flushing(planted(planted_folder)[1]["subnormals"]) == []
+    assert flushing(planted(planted_folder / "fast", "-use_fast_math")[1]["subnormals"]) != []
+
+
+@needs_nvcc
+def test_a_spill_is_found(planted_folder):
+    spilling = planted(planted_folder)[0]["spills"]
+    assert spilling.stack > 0 and spilling.spills > 0 and spilling.registers <= 32
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "blocks"),
+    [(80, 384, 2), (81, 384, 1), (80, 256, 3), (81, 256, 2), (80, 192, 4), (81, 192, 3), (40, 384, 4), (255, 256, 1)],
+)
+def test_a_register_too_many_is_found(registers, threads, blocks):
+    assert blocks_by_registers(registers, threads) == blocks
+
+
+@pytest.mark.parametrize(
+    ("shared", "architecture", "blocks"),
+    [(36864, "sm_120", 2), (24576, "sm_120", 4), (24577, "sm_120", 3), (36864, "sm_90", 6), (36864, "sm_80", 4)],
+)
+def test_too_much_shared_memory_is_found(shared, architecture, blocks):
+    assert blocks_by_shared_memory(shared, architecture) == blocks
