@@ -24,8 +24,8 @@ def pytest_collection_modifyitems(config, items):
 
     def is_too_large(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        shape = parameters.get("shape", ())
-        return parameters.get("backend") == cuda_on_cpu.BACKEND and math.prod(shape) > LARGEST_EMULATED
+        is_large = math.prod(parameters.get("shape", ())) > LARGEST_EMULATED or item.get_closest_marker("slow")
+        return parameters.get("backend") == cuda_on_cpu.BACKEND and is_large
 
     config.hook.pytest_deselected(items=[item for item in items if is_too_large(item)])
     items[:] = [item for item in items if not is_too_large(item)]
