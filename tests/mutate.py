@@ -119,6 +119,9 @@ FAULTS = [
     Fault("subclass bypassed", BLOCKS, "type(layer) is layer_class", "isinstance(layer, layer_class)", "blocks"),
     Fault("fuse ignores the forward", "resnet_fused/convert.py", "or _reason_of_forward(module)", "", "convert"),
     Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
+    Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "cuda_build"),
+    Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "cuda_build"),
+    Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip
 
