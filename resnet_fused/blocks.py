@@ -1,5 +1,6 @@
 """The residual block, plain and fused. A block holds its layers and the data flow between them, no more."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -42,7 +43,7 @@ class Residual(nn.Module):
         return F.relu(Y)
 
 
-def _is_plain(layer, layer_class):
+def is_plain(layer, layer_class):
     """Whether the layer does what its class's forward says and no more, so that its arithmetic may be fused."""
     return (
         type(layer) is layer_class
@@ -57,7 +58,7 @@ def _is_plain(layer, layer_class):
 
 def _convolve_without_bias(conv, X):
     """(convolution without its bias, the bias), or (the layer's output, None) where it must run as a module."""
-    if _is_plain(conv, nn.Conv2d):
+    if is_plain(conv, nn.Conv2d):
         return conv._conv_forward(X, conv.weight, None), conv.bias
     return conv(X), None
 
@@ -77,6 +78,30 @@ def _batch_norm_arguments(bn):
         "eps": bn.eps,
         "num_batches_tracked": counter,
     }
+
+
+def call_batch_norm_relu(bn, input):
+    """``relu(bn(input))``, of a plain batch norm, fused."""
+    bn._check_input_dim(input)
+    return batch_norm_relu(input, **_batch_norm_arguments(bn))
+
+
+def call_batch_norm_add_relu(bn, input, residual, inplace):
+    """``relu(bn(input) + residual)``, or, ``inplace``, ``relu(bn(input).add_(residual))``; of a plain batch norm.
+
+    Fused where both sums are the same: an out-of-place one broadcasts, and promotes types.
+    """
+    is_alike = (
+        isinstance(residual, torch.Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+    )
+    if not is_alike:
+        output = bn(input)
+        return F.relu(output.add_(residual) if inplace else output + residual)
+    bn._check_input_dim(input)
+    return batch_norm_add_relu(input, residual, **_batch_norm_arguments(bn))
 
 
 def _sum_biases(bias, other):
@@ -113,13 +138,13 @@ class FusedResidual(Residual):
         return self._conv_bn_add_relu(Y, X)
 
     def _conv_bn_relu(self, X):
-        if not _is_plain(self.bn1, nn.BatchNorm2d):
+        if not is_plain(self.bn1, nn.BatchNorm2d):
             return F.relu(self.bn1(self.conv1(X)))
         X, conv_bias = _convolve_without_bias(self.conv1, X)
         return batch_norm_relu(X, **_batch_norm_arguments(self.bn1), input_bias=conv_bias)
 
     def _conv_bn_add_relu(self, Y, X):
-        if not _is_plain(self.bn2, nn.BatchNorm2d):
+        if not is_plain(self.bn2, nn.BatchNorm2d):
             Y = self.bn2(self.conv2(Y))
             X = X if self.conv3 is None else self.conv3(X)
             return F.relu((Y + X.expand_as(Y)).to(Y.dtype))  # not in place: a hook may have kept Y

@@ -1,0 +1,191 @@
+"""Tails, a batch norm that a ReLU follows, maybe after a sum, found in a graph; and why other batch norms begin none."""
+
+import itertools
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .blocks import is_plain
+from .tracing import is_sequential
+
+RETURNED = "its output is returned"
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_ADDS = {operator.add, torch.add, "add"}
+_IN_PLACE_ADDS = {operator.iadd, "add_"}
+
+
+class Tail(NamedTuple):
+    """relu(batch_norm(input)), or relu(batch_norm(input) + residual), in a graph."""
+
+    steps: tuple[fx.Node, ...]  # from the batch norm to the ReLU, with every nn.Identity between
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+
+    @property
+    def batch_norm(self):
+        return self.steps[0]
+
+    @property
+    def input(self):
+        return self.batch_norm.all_input_nodes[0]
+
+    @property
+    def adds_in_place(self):
+        return self.add.target in _IN_PLACE_ADDS
+
+    @property
+    def sequentials(self):
+        """The names of the Sequentials that it is in with some of its steps."""
+        return frozenset().union(*map(_sequentials_around, self.steps))
+
+    @property
+    def is_inside_one(self):
+        """Whether it is in a Sequential with all of its steps."""
+        return bool(frozenset.intersection(*map(_sequentials_around, self.steps)))
+
+
+def _sequentials_around(node):
+    names = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
+    return frozenset(names[:-1] if node.op == "call_module" else names)
+
+
+def is_batch_norm(module):
+    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class."""
+    name = getattr(module, "original_name", type(module).__name__)  # original_name: of a scripted module
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+def batch_norms(module, prefix=""):
+    """Names and modules of the batch norms that the module may call itself: its own, its lists' and Sequentials'."""
+    for name, child in module.named_children():
+        if is_batch_norm(child):
+            yield prefix + name, child
+        elif isinstance(child, torch.jit.ScriptModule):
+            continue
+        elif has_no_forward(child) or (is_sequential(child) and is_plain(child, type(child))):
+            yield from batch_norms(child, f"{prefix}{name}.")
+
+
+def has_no_forward(module):
+    """Whether it only holds layers, as an nn.ModuleList does."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
+
+
+def find_tails(module, graph):
+    """The tails in a graph of the module, and, for each further batch norm in it, by name, why it begins none."""
+    matcher = _Matcher(module, graph)
+    tails, reasons = [], {}
+    for node in graph.nodes:
+        if node.op != "call_module" or not is_batch_norm(matcher.layers[node.target]):
+            continue
+        try:
+            for tail in tails:
+                if node is tail.residual:
+                    raise _NoTail(
+                        f"its output is added to that of {tail.batch_norm.target}, which is fused with the add"
+                    )
+            tails.append(matcher.tail(node))
+        except _NoTail as reason:
+            reasons[node.target] = str(reason)
+    return tails, reasons
+
+
+class _NoTail(Exception):
+    """Why a batch norm begins no tail."""
+
+
+class _Matcher:
+    def __init__(self, module, graph):
+        self.graph = graph
+        self.layers = dict(module.named_modules(remove_duplicate=False))
+
+    def tail(self, batch_norm):
+        """The tail that the batch norm begins; else raises _NoTail."""
+        self._check(batch_norm)
+        steps, add, residual = [batch_norm], None, None
+        user = self._only_user(steps)
+        if operands := _operands(user):
+            add, residual = user, self._residual(steps, user, *operands)
+            steps.append(add)
+            user = self._only_user(steps)
+        if not self._is_relu(user):
+            fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
+            raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
+        return Tail((*steps, user), add, residual)
+
+    def _check(self, batch_norm):
+        layer = self.layers[batch_norm.target]
+        if type(layer) not in _BATCH_NORMS:
+            raise _NoTail(f"a {type(layer).__name__}")
+        if not is_plain(layer, type(layer)):
+            raise _NoTail("it has hooks or a forward of its own")
+        names = [name for name, other in self.layers.items() if other is layer]
+        mentions = [node for node in self.graph.nodes if f"{node.target}.".startswith(f"{batch_norm.target}.")]
+        if len(names) > 1 or len(mentions) > 1:
+            raise _NoTail("it is used twice")
+        if len(batch_norm.args) + len(batch_norm.kwargs) != 1 or len(batch_norm.all_input_nodes) != 1:
+            raise _NoTail("it is called with more than a tensor")
+
+    def _only_user(self, steps):
+        """Of the last step's output; each nn.Identity on the way becomes a step."""
+        while True:
+            users = steps[-1].users
+            if len(users) != 1:
+                output = "its output" if steps[-1].op == "call_module" else "the sum"
+                raise _NoTail(f"{output} is used by {', '.join(map(self._label, users)) or 'nothing'}")
+            (user,) = users
+            if not self._is_call(user, nn.Identity):
+                return user
+            steps.append(user)
+
+    def _is_call(self, node, layer_class):
+        is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == 1
+        return is_call and is_plain(self.layers[node.target], layer_class)
+
+    def _is_relu(self, node):
+        arguments = (*node.args, *node.kwargs.values())
+        tensors = [argument for argument in arguments if not isinstance(argument, bool)]  # without inplace
+        is_function = node.target in _RELUS and node.op != "call_module" and len(tensors) == 1
+        return is_function or self._is_call(node, nn.ReLU)
+
+    def _residual(self, steps, add, first, second):
+        """The other operand, where the batch norm may as well run when the add does."""
+        batch_norm, output = steps[0], steps[-1]
+        if add.target in _IN_PLACE_ADDS and output is not first:
+            raise _NoTail(f"its output is added in place to {self._label(first)}")
+        (input,) = batch_norm.all_input_nodes
+        comes_from = self.layers.get(input.target) if input.op == "call_module" else None
+        is_its_own = isinstance(comes_from, nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
+        if not is_its_own and not all(node in steps for node in _between(batch_norm, add)):
+            raise _NoTail("what runs between it and the add might change its input")
+        return second if output is first else first
+
+    def _label(self, node):
+        if node.op == "output":
+            return "the output"
+        if node.op == "call_module":
+            return f"{node.target} ({type(self.layers[node.target]).__name__})"
+        if node.op in ("placeholder", "get_attr"):
+            return node.target
+        return f"{getattr(node.target, '__name__', node.target)}()"
+
+
+def _operands(node):
+    """The two nodes that the node adds, or None where it does something else."""
+    if node.op == "call_module" or node.target not in _ADDS | _IN_PLACE_ADDS:
+        return None
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "alpha" or value != 1}
+    operands = (*node.args, *kwargs.values())
+    are_nodes = [type(operand) for operand in operands] == [fx.Node, fx.Node]
+    return operands if are_nodes and kwargs.keys() <= {"input", "other"} and operands[0] is not operands[1] else None
+
+
+def _between(node, end):
+    """The nodes after the one and before the other."""
+    following = itertools.accumulate(itertools.repeat(node.next), lambda current, _: current.next)
+    return itertools.takewhile(lambda current: current is not end, following)
