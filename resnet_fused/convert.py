@@ -1,7 +1,7 @@
 """Swap what can run fused in any model, in place, and back.
 
-A module is swapped by its class: a block that takes the steps of :class:`Residual` becomes a :class:`FusedResidual`, and
-any other one gets a fused subclass of its own class. What is left alone is named, with the reason.
+A module is swapped by its class: a block that takes :class:`Residual`'s steps becomes a :class:`FusedResidual`, any
+other module gets a fused subclass of its own class. What is left alone is named, with the reason.
 """
 
 import inspect
@@ -44,38 +44,31 @@ class Report:
     left: list[Left] = field(default_factory=list)
 
     def __str__(self):
-        lines = []
-        count = sum(len(swapped.batch_norms) for swapped in self.fused)
-        for title, entries in (
-            (f"fused {count} batch norms, in", self.fused),
-            ("unfused", self.unfused),
-            ("left, in", self.left),
-        ):
-            if entries:
-                lines.append(f"{title} {len(entries)} modules:".replace(" 1 modules", " 1 module"))
+        lines = [] if self.fused or self.unfused else ["nothing was changed"]
+        count = sum(len(batch_norms) for _, _, batch_norms in self.fused)
+        titles = f"fused {count} batch norms:", "unfused:", "left:"
+        for title, entries in zip(titles, (self.fused, self.unfused, self.left), strict=True):
+            lines += [title] if entries else []
             for name, class_name, details in entries:
-                line = f"  {name or 'the model'} ({class_name})"
                 details = details if isinstance(details, str) else ", ".join(details)
-                lines.append(f"{line}: {details}" if details else line)
-        if not self.fused and not self.unfused:
-            lines.insert(0, "nothing was changed")
+                lines.append(f"  {name or 'the model'} ({class_name})" + (f": {details}" if details else ""))
         return "\n".join(lines)
 
 
 def fuse(model, filter_fn=None):
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
-    The module whose forward holds the ReLU is swapped by giving it another class. References to it, hooks, layers,
-    parameters and ``state_dict`` stay as they are, and ``model`` itself may be such a module. Add and ReLU may be modules,
-    functions, methods or in place, and the batch norm may be inside an ``nn.Sequential`` without hooks.
+    The module whose forward holds the ReLU is swapped, by giving it another class: references to it, hooks, layers,
+    parameters and ``state_dict`` stay as they are, and ``model`` itself may be such a module. Add and ReLU may be
+    modules, functions, methods or in place; the batch norm may be inside an ``nn.Sequential`` without hooks.
 
-    The new class is a subclass of the module's own, with its name, and a forward written from a ``torch.fx`` trace. What
-    the forward does in Python besides calling layers and functions (print, count, ask a global) it did when it was
-    traced. Where what it saw of the module has changed since (an attribute that it reads, a hook on a layer that is no
-    longer called), and where an argument is given that has a default, the module's own forward runs, unfused.
+    The new class is a subclass of the module's own, of the same name, with a forward written from a ``torch.fx`` trace.
+    Where what the trace saw of the module has changed since (an attribute that the forward reads, hooks of a layer that
+    is no longer called), and where an argument is given that has a default, the module's own forward runs, unfused.
+    What that does besides calling layers and functions (print, ask the time or a global) was done when it was traced.
 
     A block whose layers are named ``conv1``, ``bn1``, ``conv2``, ``bn2`` and, maybe, ``conv3`` and whose forward takes
-    the steps of :class:`Residual`'s becomes a :class:`FusedResidual`, which saves the convolutions' biases, too. Until
+    the steps of :class:`Residual`'s becomes a :class:`FusedResidual`, which elides the convolutions' biases, too. Until
     :func:`unfuse`, it has the methods and class attributes of FusedResidual, not of its own class, takes its input by
     position, calls no ReLU child, and its output has the dtype of ``bn2``'s, as after ``Y += X``.
 
@@ -179,32 +172,28 @@ class _LeftBatchNorms:
         ]
 
 
-_LAYERS = ("conv1", "conv2", "bn1", "bn2")  # and conv3: None, absent or a layer
-
-
 def _is_residual(module, planned):
-    """Whether the module's forward is Residual's, and its class nothing that the module would miss."""
-    is_described = all(isinstance(module._modules.get(name), nn.Module) for name in _LAYERS)
-    if not is_described or type(module.bn1) is not nn.BatchNorm2d or type(module.bn2) is not nn.BatchNorm2d:
+    """Whether the module's forward is Residual's, and its class has nothing that the module would miss."""
+    rewrite, graph = planned.rewrites[0], planned.graph
+    looks_at = {attribute.name for attribute in rewrite.attributes if attribute.kind is not type}
+    parameters = inspect.signature(type(module).forward).parameters
+    if rewrite.argument_class is not None or not looks_at <= {"conv3"} or len(parameters) != 2 or _overrides(module):
         return False
-    own_classes = [base for base in type(module).__mro__ if not issubclass(nn.Module, base)]
-    own_names = {name for base in own_classes for name, value in vars(base).items() if callable(value)}
-    special = {name for name in own_names if hasattr(nn.Module, name) or name.startswith("__")}
-    if special - _HARMLESS_OVERRIDES or len(inspect.signature(module.forward).parameters) != 1:
-        return False
-    (rewrite, *others) = planned.rewrites
-    looks_at = {attribute.name for attribute in rewrite.attributes if attribute.path or attribute.kind is not type}
-    if others or rewrite.argument_class is not None or not looks_at <= {"conv3"}:
-        return False
+    has_conv3 = module._modules.get("conv3") is not None
     X = ("input",)
-    Y = (call_batch_norm_relu, ("bn1",), ("conv1", X))
-    shortcut = X if module._modules.get("conv3") is None else ("conv3", X)
-    steps = [
-        ("output", (call_batch_norm_add_relu, ("bn2",), ("conv2", Y), shortcut, inplace)) for inplace in (True, False)
-    ]
-    return _steps(planned.graph.output_node()) in steps and len(planned.graph.nodes) == (
-        9 if "conv3" in shortcut else 8
-    )
+    Y = ("conv2", (call_batch_norm_relu, ("bn1",), ("conv1", X)))
+    tail = call_batch_norm_add_relu, ("bn2",), Y, ("conv3", X) if has_conv3 else X
+    takes_its_steps = _steps(graph.output_node()) in [("output", (*tail, inplace)) for inplace in (True, False)]
+    takes_no_others = len(graph.nodes) == 8 + has_conv3
+    return takes_its_steps and takes_no_others and type(module.bn1) is type(module.bn2) is nn.BatchNorm2d
+
+
+def _overrides(module):
+    """What the module's class defines that Python and nn.Module look at."""
+    own_classes = [base for base in type(module).__mro__ if not issubclass(nn.Module, base)]
+    own = {name: value for base in own_classes for name, value in vars(base).items()}
+    special = {name for name in own if hasattr(nn.Module, name) or name.startswith("__")}
+    return {name for name in special - _HARMLESS_OVERRIDES if callable(own[name]) or name == "__slots__"}
 
 
 def _steps(node):

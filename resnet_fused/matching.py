@@ -1,4 +1,4 @@
-"""Tails, a batch norm that a ReLU follows, maybe after a sum, found in a graph; and why other batch norms begin none."""
+"""Tails found in a graph: a batch norm that a ReLU follows, maybe after a sum. And why other batch norms begin none."""
 
 import itertools
 import operator
@@ -23,8 +23,7 @@ class Tail(NamedTuple):
     """relu(batch_norm(input)), or relu(batch_norm(input) + residual), in a graph."""
 
     steps: tuple[fx.Node, ...]  # from the batch norm to the ReLU, with every nn.Identity between
-    add: fx.Node | None = None
-    residual: fx.Node | None = None
+    add: fx.Node | None  # among them
 
     @property
     def batch_norm(self):
@@ -33,6 +32,10 @@ class Tail(NamedTuple):
     @property
     def input(self):
         return self.batch_norm.all_input_nodes[0]
+
+    @property
+    def residual(self):
+        return next(node for node in self.add.all_input_nodes if node not in self.steps) if self.add else None
 
     @property
     def adds_in_place(self):
@@ -84,11 +87,8 @@ def find_tails(module, graph):
         if node.op != "call_module" or not is_batch_norm(matcher.layers[node.target]):
             continue
         try:
-            for tail in tails:
-                if node is tail.residual:
-                    raise _NoTail(
-                        f"its output is added to that of {tail.batch_norm.target}, which is fused with the add"
-                    )
+            if adder := next((tail for tail in tails if tail.residual is node), None):
+                raise _NoTail(f"its output is added to that of {adder.batch_norm.target}, which is fused")
             tails.append(matcher.tail(node))
         except _NoTail as reason:
             reasons[node.target] = str(reason)
@@ -107,19 +107,22 @@ class _Matcher:
     def tail(self, batch_norm):
         """The tail that the batch norm begins; else raises _NoTail."""
         self._check(batch_norm)
-        steps, add, residual = [batch_norm], None, None
+        steps, add = [batch_norm], None
         user = self._only_user(steps)
         if operands := _operands(user):
-            add, residual = user, self._residual(steps, user, *operands)
+            add = user
+            self._check_add(steps, add, operands[0])
             steps.append(add)
             user = self._only_user(steps)
         if not self._is_relu(user):
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        return Tail((*steps, user), add, residual)
+        return Tail((*steps, user), add)
 
     def _check(self, batch_norm):
         layer = self.layers[batch_norm.target]
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+            raise _NoTail("it is lazy and not initialised: run one batch first")
         if type(layer) not in _BATCH_NORMS:
             raise _NoTail(f"a {type(layer).__name__}")
         if not is_plain(layer, type(layer)):
@@ -153,23 +156,23 @@ class _Matcher:
         is_function = node.target in _RELUS and node.op != "call_module" and len(tensors) == 1
         return is_function or self._is_call(node, nn.ReLU)
 
-    def _residual(self, steps, add, first, second):
-        """The other operand, where the batch norm may as well run when the add does."""
-        batch_norm, output = steps[0], steps[-1]
-        if add.target in _IN_PLACE_ADDS and output is not first:
+    def _check_add(self, steps, add, first):
+        if add.target in _IN_PLACE_ADDS and first is not steps[-1]:
             raise _NoTail(f"its output is added in place to {self._label(first)}")
-        (input,) = batch_norm.all_input_nodes
+        # The batch norm is to run when the add does: until then, nobody may change its input.
+        (input,) = steps[0].all_input_nodes
         comes_from = self.layers.get(input.target) if input.op == "call_module" else None
         is_its_own = isinstance(comes_from, nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
-        if not is_its_own and not all(node in steps for node in _between(batch_norm, add)):
+        if not is_its_own and not all(node in steps for node in _between(steps[0], add)):
             raise _NoTail("what runs between it and the add might change its input")
-        return second if output is first else first
 
     def _label(self, node):
         if node.op == "output":
             return "the output"
         if node.op == "call_module":
-            return f"{node.target} ({type(self.layers[node.target]).__name__})"
+            layer = self.layers[node.target]
+            own = "" if is_plain(layer, type(layer)) else ", with hooks or a forward of its own"
+            return f"{node.target} ({type(layer).__name__}{own})"
         if node.op in ("placeholder", "get_attr"):
             return node.target
         return f"{getattr(node.target, '__name__', node.target)}()"

@@ -14,7 +14,7 @@ from torch.fx.graph_module import _format_import_block
 from torch.nn.utils.parametrize import is_parametrized
 from torch.package import sys_importer
 
-from .blocks import call_batch_norm_add_relu, call_batch_norm_relu, is_plain
+from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, is_plain
 from .matching import batch_norms, find_tails
 from .tracing import Attribute, trace
 
@@ -85,7 +85,7 @@ def plan(module):
 
 
 def _check(module):
-    if isinstance(module, Fused):
+    if isinstance(module, Fused) or type(module) is FusedResidual:
         raise _Refusal("already fused")
     if isinstance(module, torch.jit.ScriptModule):
         raise _Refusal("in a scripted module")
@@ -140,7 +140,7 @@ def _rewrite(module, argument_class):
         attributes=frozenset(
             attribute
             for attribute in traces[0].attributes | traces[1].attributes
-            if ".".join(filter(None, (attribute.path, attribute.name))) not in bypassed
+            if attribute.full_name not in bypassed
         ),
     )
     fused = tuple(tail.batch_norm.target for tail in tails)

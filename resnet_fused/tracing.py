@@ -30,6 +30,10 @@ class Attribute(NamedTuple):
         value = _seen(value)
         return cls(path, name, type(value), value)
 
+    @property
+    def full_name(self):
+        return _join(self.path, self.name)
+
     def holds_in(self, module):
         value = _seen(getattr(module, self.name, self))
         return type(value) is self.kind and value == self.value
@@ -61,40 +65,55 @@ def is_sequential(module):
 def trace(module, training, inlined=lambda path: False, argument_class=torch.Tensor):
     """The :class:`Trace` of the module's forward in one mode, with the steps of Sequentials where ``inlined(path)``.
 
-    Every other module is one step. ``argument_class`` is the answer where the forward asks for the class of an argument.
+    Every other module is one step. Where the forward asks for the class of an argument, it is ``argument_class``.
 
     Raises whatever the forward raises, and RuntimeError where the graph is not all that the forward does.
     """
-    paths = {}
-    shell = _shell(module, training, "", paths, {})
-    tracer = _Tracer(paths, inlined, argument_class)
-    attributes, random_states = dict(shell.__dict__), _random_states()
+    shells = {}
+    shell = _shell(module, training, "", shells)
+    tracer = _Tracer({id(shell): path for path, shell in shells.values()}, inlined, argument_class)
+    state, random_states = _state(shells), _random_states()
     # A grad mode that the forward sets differs from one of the two.
     with torch.set_grad_enabled(training), _recording(tracer.record):
         graph = tracer.trace(shell)
     if _random_states() != random_states:
         raise RuntimeError("it draws random numbers")
-    assigned = [name for name, value in shell.__dict__.items() if attributes.get(name, shell) is not value]
-    if assigned:
+    if assigned := [name for name, value in _state(shells).items() if state.get(name, shell) is not value]:
         raise RuntimeError(f"it assigns to {', '.join(assigned)}")
+    if asked := [node.name for node in tracer.asked if node.op != "placeholder"]:
+        raise RuntimeError(f"it asks for the class of {', '.join(asked)}")
     return Trace(graph, frozenset(tracer.attributes), argument_class if tracer.asked else None)
 
 
-def _shell(module, training, path, paths, shells):
+def _shell(module, training, path, shells):
     """A stand-in for tracing: of the module's class, sharing its tensors, without what a trace could change in it."""
     if module is None or isinstance(module, torch.jit.ScriptModule):
         return module
-    if id(module) in shells:
-        return shells[id(module)]
-    shell = shells[id(module)] = object.__new__(type(module))
-    paths[id(shell)] = path
+    if module in shells:
+        return shells[module][1]
+    shell = object.__new__(type(module))
+    shells[module] = path, shell
     for name, value in module.__dict__.items():
         if name in _OWN_ATTRIBUTES or isinstance(value, _CONSTANTS):
             shell.__dict__[name] = copy.copy(value)
     shell.__dict__["training"] = training
     for name, child in module._modules.items():
-        shell._modules[name] = _shell(child, training, f"{path}.{name}" if path else name, paths, shells)
+        shell._modules[name] = _shell(child, training, _join(path, name), shells)
     return shell
+
+
+def _state(shells):
+    """Every attribute that a forward could assign to."""
+    return {
+        _join(path, name): value
+        for path, shell in shells.values()
+        for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
+        for name, value in attributes.items()
+    }
+
+
+def _join(path, name):
+    return f"{path}.{name}" if path else name
 
 
 @contextlib.contextmanager
@@ -133,7 +152,7 @@ class _Tracer(fx.Tracer):
         self.paths = paths
         self.inlined = inlined
         self.argument_class = argument_class
-        self.asked = False
+        self.asked = set()
         self.attributes = set()
 
     def record(self, module, name):
@@ -149,10 +168,8 @@ class _Tracer(fx.Tracer):
             self.attributes.add(Attribute(path, "__class__", type, type(module)))
 
     def class_of(self, node):
-        if node.op != "placeholder":
-            raise RuntimeError(f"it asks for the class of {node.name}")
-        self.asked = True
-        return self.argument_class
+        self.asked.add(node)
+        return self.argument_class if node.op == "placeholder" else _Proxy
 
     def trace(self, root):
         self._modes = _modes()

@@ -84,8 +84,9 @@ def calls(monkeypatch):
     """The names of the fused operators that ran."""
     calls = []
     for name in ("batch_norm_relu", "batch_norm_add_relu"):
+        function = getattr(functional, name)
 
-        def spy(*args, _name=name, _function=getattr(functional, name), **kwargs):
+        def spy(*args, _name=name, _function=function, **kwargs):
             calls.append(_name)
             return _function(*args, **kwargs)
 
