@@ -45,6 +45,11 @@ class Residual(nn.Module):
 
 def is_plain(layer, layer_class):
     """Whether the layer does what its class's forward says and no more, so that its arithmetic may be fused."""
+    return has_no_additions(layer, layer_class) and not _has_any_global_hook()
+
+
+def has_no_additions(layer, layer_class):
+    """Whether the layer is plain but for hooks that are on every module."""
     return (
         type(layer) is layer_class
         and "forward" not in layer.__dict__
@@ -52,7 +57,6 @@ def is_plain(layer, layer_class):
         and not layer._forward_pre_hooks
         and not layer._backward_hooks
         and not layer._backward_pre_hooks
-        and not _has_any_global_hook()
     )
 
 

@@ -9,12 +9,13 @@ import linecache
 from typing import NamedTuple
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph_module import _format_import_block
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.package import sys_importer
 
-from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, is_plain
+from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, has_no_additions
 from .matching import batch_norms, find_tails
 from .tracing import Attribute, trace
 
@@ -36,18 +37,22 @@ class Rewrite(NamedTuple):
     attributes: frozenset[Attribute]
 
     def holds(self, module, arguments):
-        return (
-            not any(argument is None for argument in arguments)
-            and (self.argument_class is None or all(type(argument) is self.argument_class for argument in arguments))
-            and all(is_plain(_layer(module, path), layer_class) for path, layer_class in self.layers)
-            and all(attribute.holds_in(_layer(module, attribute.path)) for attribute in self.attributes)
-        )
+        for argument in arguments:
+            if argument is None or (self.argument_class is not None and type(argument) is not self.argument_class):
+                return False
+        for path, layer_class in self.layers:
+            if not has_no_additions(_layer(module, path), layer_class):
+                return False
+        for attribute in self.attributes:
+            if not attribute.holds_in(_layer(module, attribute.path)):
+                return False
+        return not _has_any_global_hook()
 
 
 def _layer(module, path):
     """The module's layer of that path, or None."""
     for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
     return module
 
 

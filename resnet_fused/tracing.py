@@ -41,9 +41,11 @@ class Attribute(NamedTuple):
 
 def _seen(value):
     """Of the value, what a graph depends on: layers and tensors it takes as they are, by their names."""
-    if isinstance(value, dict):  # _modules
-        return tuple(value)
-    return next((base for base in (nn.Module, torch.Tensor) if isinstance(value, base)), value)
+    if isinstance(value, nn.Module):
+        return nn.Module
+    if isinstance(value, torch.Tensor):
+        return torch.Tensor
+    return tuple(value) if isinstance(value, dict) else value  # a dict: _modules
 
 
 class Trace(NamedTuple):
