@@ -153,10 +153,10 @@ class _LeftBatchNorms:
         self.fused = set()
 
     def add(self, name, module, reasons):
-        layers = dict(batch_norms(module))
-        for layer, reason in reasons.items():
-            if not (layers[layer] in self.reasons and reason == RETURNED):
-                self.reasons[layers[layer]] = name, type(module).__name__, layer, reason
+        for layer_name, reason in reasons.items():
+            layer = module.get_submodule(layer_name)
+            if layer not in self.reasons or reason != RETURNED:
+                self.reasons[layer] = name, type(module).__name__, layer_name, reason
 
     def remove(self, module, names):
         self.fused.update(map(module.get_submodule, names))

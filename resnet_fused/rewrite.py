@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.package import sys_importer
 
-from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, has_no_additions
+from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, has_no_additions, is_plain
 from .matching import batch_norms, find_tails
 from .tracing import Attribute, trace
 
@@ -122,7 +122,12 @@ def _plan(module):
 
 def _rewrite(module, argument_class):
     """The plan, but for the class, in which an argument is of ``argument_class`` where the forward asks."""
-    tails, reasons = find_tails(module, _trace(module, True, lambda name: True, argument_class).graph)
+
+    def is_without_hooks(name):
+        layer = module.get_submodule(name)
+        return is_plain(layer, type(layer))
+
+    tails, reasons = find_tails(module, _trace(module, True, is_without_hooks, argument_class).graph)
     # What is inside one Sequential is for that one's own forward.
     inlined = frozenset().union(*(tail.sequentials for tail in tails if not tail.is_inside_one))
     if all(tail.is_inside_one for tail in tails):
@@ -144,8 +149,9 @@ def _rewrite(module, argument_class):
         layers=frozenset((name, type(module.get_submodule(name))) for name in bypassed),
         attributes=frozenset(
             attribute
-            for attribute in traces[0].attributes | traces[1].attributes
-            if attribute.full_name not in bypassed
+            for traced in traces
+            for attribute in traced.attributes
+            if attribute.full_name not in bypassed  # those must even be plain
         ),
     )
     fused = tuple(tail.batch_norm.target for tail in tails)

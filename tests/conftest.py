@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import resnet_fused
-from resnet_fused import use_backend
+from resnet_fused import functional, use_backend
 
 from . import cuda_on_cpu
 
@@ -74,3 +74,18 @@ def with_residual(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the functions that modules call, one for each call, in order."""
+    calls = []
+    for name in ("batch_norm_relu", "batch_norm_add_relu"):
+        function = getattr(functional, name)
+
+        def spy(*args, _name=name, _function=function, **kwargs):
+            calls.append(_name)
+            return _function(*args, **kwargs)
+
+        monkeypatch.setattr(f"resnet_fused.blocks.{name}", spy)
+    return calls

@@ -37,6 +37,9 @@ CUDA_PLAN = "csrc/cuda/plan.h"
 REDUCE = "csrc/cuda/reduce.cuh"
 AUTOGRAD = "resnet_fused/autograd.py"
 BLOCKS = "resnet_fused/blocks.py"
+TRACING = "resnet_fused/tracing.py"
+MATCHING = "resnet_fused/matching.py"
+REWRITE = "resnet_fused/rewrite.py"
 
 FAULTS = [
     Fault("forward drops NaN", KERNELS, "0 > value ? 0 : value", "value > 0 ? value : 0", "edges"),
@@ -117,7 +120,20 @@ FAULTS = [
     Fault("conv3's bias lost", BLOCKS, 'arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)', "", "blocks"),
     Fault("hooks bypassed", BLOCKS, "and not layer._forward_hooks", "", "blocks"),
     Fault("subclass bypassed", BLOCKS, "type(layer) is layer_class", "isinstance(layer, layer_class)", "blocks"),
-    Fault("fuse ignores the forward", "resnet_fused/convert.py", "or _reason_of_forward(module)", "", "convert"),
+    Fault("any block a Residual", "resnet_fused/convert.py", "return takes_its_steps and takes_no_others and", "return", "convert"),
+    Fault("later hooks bypassed", REWRITE, "if not has_no_additions(_layer(module, path), layer_class):", "if False:", "rewrite"),
+    Fault("later attributes ignored", REWRITE, "if not attribute.holds_in(_layer(module, attribute.path)):", "if False:", "rewrite"),
+    Fault("None taken for a tensor", REWRITE, "if argument is None or", "if", "rewrite"),
+    Fault("eval runs training's graph", REWRITE, "for training in (True, False)]", "for training in (True, True)]", "convert"),
+    Fault("hooks of a Sequential lost", REWRITE, "return is_plain(layer, type(layer))", "return True", "rewrite"),
+    Fault("every Sequential inlined", REWRITE, "inlined.__contains__", "is_without_hooks", "rewrite"),
+    Fault("alpha ignored", MATCHING, 'name != "alpha" or value != 1', 'name != "alpha"', "convert"),
+    Fault("added in place to another", MATCHING, "and first is not steps[-1]:", "and False:", "convert"),
+    Fault("batch norm after its input has changed", MATCHING, "if not is_its_own and not all(", "if not all([]) and not all(", "rewrite"),
+    Fault("statistics read too early", MATCHING, "or len(mentions) > 1", "", "rewrite"),
+    Fault("unlike sums fused", BLOCKS, "if not is_alike:", "if False:", "rewrite"),
+    Fault("buffers assigned to in vain", TRACING, "shell._parameters, shell._buffers, shell._modules)", "shell._parameters, shell._modules)", "convert"),
+    Fault("classes of values assumed", TRACING, 'if node.op != "placeholder"]:', "if False]:", "convert"),
     Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
     Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "cuda_build"),
     Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "cuda_build"),

@@ -5,10 +5,14 @@ import copy
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from resnet_fused import functional, fuse
+from resnet_fused import fuse
 
 # name -> how many batch norms are followed by a ReLU, maybe after a sum, and how many there are
 MODELS = {
@@ -79,21 +83,6 @@ def assert_close(actual, expected, name):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """The names of the fused operators that ran."""
-    calls = []
-    for name in ("batch_norm_relu", "batch_norm_add_relu"):
-        function = getattr(functional, name)
-
-        def spy(*args, _name=name, _function=function, **kwargs):
-            calls.append(_name)
-            return _function(*args, **kwargs)
-
-        monkeypatch.setattr(f"resnet_fused.blocks.{name}", spy)
-    return calls
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_three_steps_of_a_fused_model_are_those_of_the_plain_one(name, calls):
     plain = make(name)
@@ -113,3 +102,89 @@ def test_three_steps_of_a_fused_model_are_those_of_the_plain_one(name, calls):
     plain.load_state_dict(fused.state_dict(), strict=True)
     in_training_only = 2 if name == "googlenet" else 0  # its auxiliary classifiers'
     assert len(calls) == 4 * MODELS[name][0] - in_training_only
+
+
+def train_by_recipe(model, autocast, steps=4):
+    """Losses and the averaged model of torchvision's reference training in small."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(8, *IMAGES[1:], dtype=next(model.parameters()).dtype), torch.arange(8) % 4
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    losses = []
+    for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = criterion(model.train()(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        average.update_parameters(model)
+        losses.append(loss.detach())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses.append(criterion(average.eval()(images), labels))
+    return torch.stack(losses), average
+
+
+def test_the_reference_recipe_with_an_average_of_the_weights(calls):
+    plain = make("resnet18")
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    losses, average = train_by_recipe(fused, autocast=False)
+    assert len(calls) == 5 * 17  # the average, a copy, runs fused, too
+    other_losses, other_average = train_by_recipe(plain, autocast=False)
+    assert_close(losses, other_losses, "loss")
+    for (key, value), other in zip(average.state_dict().items(), other_average.state_dict().values(), strict=True):
+        assert_close(value.double(), other.double(), key)
+
+
+def test_the_reference_recipe_under_autocast(calls):
+    """bfloat16 rounds the fused tail once, and eager's three times: both stay as close to float32's losses."""
+    plain = make("resnet18").float()
+    exact, _ = train_by_recipe(copy.deepcopy(plain), autocast=False)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    losses, _ = train_by_recipe(fused, autocast=True)
+    assert len(calls) == 5 * 17
+    other_losses, _ = train_by_recipe(plain, autocast=True)
+    assert losses.dtype == other_losses.dtype == torch.float32
+    assert losses[-2] < 0.7 * losses[0]
+    error, other_error = (losses - exact).abs().max(), (other_losses - exact).abs().max()
+    assert error < 2 * other_error < 0.2
+
+
+def _train_in_parallel(rank, folder):
+    """Each rank sees its own images, and saves what it ends with: plain's, then fused's."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=4).double()
+        if fused:
+            fuse(network)
+        # Statistics of each rank's own images stay its own.
+        model = DistributedDataParallel(network, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+        torch.manual_seed(rank + 1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model(torch.randn(IMAGES, dtype=torch.float64))).backward()
+            optimizer.step()
+        gradients = {f"gradient of {name}": parameter.grad for name, parameter in network.named_parameters()}
+        results.append({**network.state_dict(), **gradients})
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo")
+def test_two_processes_train_the_fused_model_as_the_plain_one(tmp_path):
+    torch.multiprocessing.spawn(_train_in_parallel, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for plain, fused in ranks:
+        assert fused.keys() == plain.keys()
+        for name, value in fused.items():
+            torch.testing.assert_close(value, plain[name], rtol=1e-9, atol=1e-9, msg=name)
+    first, second = (fused for _, fused in ranks)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) is ("running" not in name), name

@@ -14,24 +14,9 @@ from torch.nn.utils import parametrizations
 from torchvision.models.densenet import _DenseLayer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from resnet_fused import functional, fuse, unfuse
+from resnet_fused import fuse, unfuse
 
 from .test_convert import assert_same_numbers, assert_unchanged, make_input, snapshot
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The names of the fused operators that ran."""
-    calls = []
-    for name in ("batch_norm_relu", "batch_norm_add_relu"):
-        function = getattr(functional, name)
-
-        def spy(*args, _name=name, _function=function, **kwargs):
-            calls.append(_name)
-            return _function(*args, **kwargs)
-
-        monkeypatch.setattr(f"resnet_fused.blocks.{name}", spy)
-    return calls
 
 
 def prepared(model):
@@ -162,6 +147,20 @@ def test_a_sequential_with_hooks_is_not_looked_into():
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_nor_is_it_where_the_outer_module_has_something_to_fuse(change, calls):
+    inner = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+    plain = prepared(nn.Sequential(inner, nn.ReLU(), nn.BatchNorm2d(6), nn.ReLU()))
+    if change == "hook":
+        inner.register_forward_hook(lambda module, args, output: -output)
+    else:
+        inner.forward = nn.Softplus().forward  # a method, not a function
+    plain, fused = twins(plain)
+    assert [swapped.batch_norms for swapped in fuse(copy.deepcopy(plain)).fused] == [("2",)]
+    assert_same_numbers(fused, plain, clips=False)
+    assert len(calls) == 2
+
+
 def test_where_the_outer_module_is_left_the_inner_one_is_fused():
     layers = [nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)]
     model = prepared(nn.Sequential(nn.Sequential(*layers), nn.ReLU()))
@@ -186,6 +185,33 @@ def test_layers_in_lists_are_found(calls):
     plain, fused = twins(prepared(Lists()))
     assert_same_numbers(fused, plain)
     assert len(calls) == 6
+
+
+class Holder(nn.Module):
+    """Its forward is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.last_bn = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+
+
+class CallsALayersLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(6)
+        self.holder = Holder()
+
+    def forward(self, X):
+        return self.holder.last_bn(F.relu(self.holder.bn(F.relu(self.bn(X)))))
+
+
+def test_layers_of_a_layer_are_found_where_they_are_called(calls):
+    plain, fused = twins(prepared(CallsALayersLayers()))
+    report = fuse(copy.deepcopy(plain))
+    assert report.fused == [("", "CallsALayersLayers", ("bn", "holder.bn"))]
+    assert ("", "CallsALayersLayers", "holder.last_bn: its output is returned") in report.left
+    assert_same_numbers(fused, plain, clips=False)
+    assert len(calls) == 4
 
 
 def append_layers(model):
