@@ -175,17 +175,17 @@ class _LeftBatchNorms:
 def _is_residual(module, planned):
     """Whether the module's forward is Residual's, and its class has nothing that the module would miss."""
     rewrite, graph = planned.rewrites[0], planned.graph
+    has_conv3 = module._modules.get("conv3") is not None
     looks_at = {attribute.name for attribute in rewrite.attributes if attribute.kind is not type}
     parameters = inspect.signature(type(module).forward).parameters
     if rewrite.argument_class is not None or not looks_at <= {"conv3"} or len(parameters) != 2 or _overrides(module):
         return False
-    has_conv3 = module._modules.get("conv3") is not None
+    if len(graph.nodes) != 8 + has_conv3 or not type(module.bn1) is type(module.bn2) is nn.BatchNorm2d:
+        return False
     X = ("input",)
     Y = ("conv2", (call_batch_norm_relu, ("bn1",), ("conv1", X)))
     tail = call_batch_norm_add_relu, ("bn2",), Y, ("conv3", X) if has_conv3 else X
-    takes_its_steps = _steps(graph.output_node()) in [("output", (*tail, inplace)) for inplace in (True, False)]
-    takes_no_others = len(graph.nodes) == 8 + has_conv3
-    return takes_its_steps and takes_no_others and type(module.bn1) is type(module.bn2) is nn.BatchNorm2d
+    return _steps(graph.output_node()) in [("output", (*tail, inplace)) for inplace in (True, False)]
 
 
 def _overrides(module):

@@ -15,6 +15,7 @@ from torch import fx, nn
 _CONSTANTS = (bool, int, float, str, tuple, type(None), types.FunctionType, types.BuiltinFunctionType)
 
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_NEVER_RECORDED = (_OWN_ATTRIBUTES | {"forward"}) - {"_modules"}  # both modes are traced, and fx looks at each forward
 
 
 class Attribute(NamedTuple):
@@ -35,8 +36,12 @@ class Attribute(NamedTuple):
         return _join(self.path, self.name)
 
     def holds_in(self, module):
-        value = _seen(getattr(module, self.name, self))
+        value = _seen(getattr(module, self.name, _Absent))
         return type(value) is self.kind and value == self.value
+
+
+class _Absent:
+    """What an attribute is that the module has not."""
 
 
 def _seen(value):
@@ -73,7 +78,8 @@ def trace(module, training, inlined=lambda path: False, argument_class=torch.Ten
     """
     shells = {}
     shell = _shell(module, training, "", shells)
-    tracer = _Tracer({id(shell): path for path, shell in shells.values()}, inlined, argument_class)
+    origins = {id(shell): (path, original) for original, (path, shell) in shells.items()}
+    tracer = _Tracer(origins, inlined, argument_class)
     state, random_states = _state(shells), _random_states()
     # A grad mode that the forward sets differs from one of the two.
     with torch.set_grad_enabled(training), _recording(tracer.record):
@@ -149,24 +155,28 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # else a forward that counts its calls would count in the real buffer
 
-    def __init__(self, paths, inlined, argument_class):
+    def __init__(self, origins, inlined, argument_class):
         super().__init__()
-        self.paths = paths
+        self.origins = origins  # id of a shell -> its path and module
         self.inlined = inlined
         self.argument_class = argument_class
         self.asked = set()
         self.attributes = set()
 
-    def record(self, module, name):
-        path = self.paths.get(id(module))
-        if path is None or name in _OWN_ATTRIBUTES - {"_modules"}:  # training, for one: both modes are traced
+    def record(self, shell, name):
+        if id(shell) not in self.origins or name in _NEVER_RECORDED:
             return
-        own = object.__getattribute__(module, "__dict__")
+        path, module = self.origins[id(shell)]
+        own = object.__getattribute__(shell, "__dict__")
         for attributes in (own, own["_parameters"], own["_buffers"], own["_modules"]):
             if name in attributes:
                 self.attributes.add(Attribute.of(path, name, attributes[name]))
                 return
-        if path and hasattr(type(module), name) and not hasattr(nn.Module, name):  # a method of a layer's class
+        if name in module.__dict__:
+            raise RuntimeError(f"it reads {_join(path, name)}, a {type(module.__dict__[name]).__name__}")
+        if not hasattr(type(module), name):
+            self.attributes.add(Attribute.of(path, name, _Absent))
+        elif path and not hasattr(nn.Module, name):  # a method of a layer's class
             self.attributes.add(Attribute(path, "__class__", type, type(module)))
 
     def class_of(self, node):

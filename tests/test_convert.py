@@ -551,7 +551,7 @@ UNTRACEABLE = {
     resets_a_buffer: "in training: RuntimeError: it assigns to buffer",
     keeps_something_in_a_layer: "in training: RuntimeError: it assigns to conv1.calls",
     counts_its_calls: "in training: RuntimeError: it assigns to calls",
-    writes_a_log: "in training: AttributeError: 'Block' object has no attribute 'log'",
+    writes_a_log: "in training: RuntimeError: it reads log, a list",
     without_gradients: "in training: RuntimeError: it runs steps under no_grad",
     with_gradients: "in eval: RuntimeError: it runs steps under no_grad",
     in_full_precision: "in training: RuntimeError: it runs steps under no_grad, autocast",

@@ -519,7 +519,7 @@ class Configured(nn.Module):
         prepared(self)
 
     def forward(self, X):
-        X = self.act(self.bn(X)) * self.scale
+        X = self.act(self.bn(X)) * self.scale + getattr(self, "shift", 0)
         X = X if self.late is None else self.late(X)
         X = X if self.extra is None else self.extra(X)
         return X if self.gain is None else X * self.gain
@@ -531,6 +531,7 @@ class Configured(nn.Module):
         {"scale": 2},
         {"scale": True},
         {"act": torch.tanh},
+        {"shift": 1},
         {"late": torch.neg},
         {"late": nn.Tanh()},
         {"extra": nn.Tanh()},
@@ -544,6 +545,13 @@ def test_an_attribute_that_the_forward_reads_may_change(attributes, calls):
         set_attribute("", **attributes)(model)
     torch.testing.assert_close(fused(make_input()), plain(make_input()))
     assert not calls
+
+
+def test_an_attribute_that_a_trace_could_change_is_not_taken_for_absent():
+    model = Configured()
+    model.shift = torch.ones(6, 1, 1).tolist()
+    (left,) = fuse(model).left
+    assert left.reason == "bn: in a forward that cannot be traced in training: RuntimeError: it reads shift, a list"
 
 
 def test_an_attribute_that_the_forward_does_not_read_makes_no_difference(calls):
