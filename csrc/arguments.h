@@ -143,13 +143,13 @@ inline void check_input(const Tensor& input) {
 }
 
 // (C,), of the input's type, or float32 where that is a half type.
-inline void check_vector(const OptionalTensor& vector, const char* name, const Tensor& input) {
+inline void check_vector(const OptionalTensor& vector, const char* prefix, const char* name, const Tensor& input) {
   if (!vector) return;
   const ScalarType type = vector->scalar_type(), expected = input.scalar_type();
   const bool half = expected == ScalarType::Half || expected == ScalarType::BFloat16;
-  STD_TORCH_CHECK(type == expected || (half && type == ScalarType::Float), name,
+  STD_TORCH_CHECK(type == expected || (half && type == ScalarType::Float), prefix, name,
                   ": expected the input's type, or float32 beside a half type");
-  STD_TORCH_CHECK(on_one_device(*vector, input) && vector->dim() == 1 && vector->size(0) == input.size(1), name,
+  STD_TORCH_CHECK(on_one_device(*vector, input) && vector->dim() == 1 && vector->size(0) == input.size(1), prefix, name,
                   ": expected a tensor of shape (", input.size(1), ",) on the input's device");
 }
 
@@ -162,153 +162,238 @@ inline void check_like_input(const Tensor& tensor, const char* name, const Tenso
 
 // ---- Arguments: those of csrc/ops.cpp ----
 
-struct ForwardArguments {
+// One batch norm of a forward.
+struct NormArguments {
   const Tensor& input;
-  const OptionalTensor &residual, &weight, &bias, &input_bias, &running_mean, &running_var, &num_batches_tracked;
-  bool training;
+  const OptionalTensor &weight, &bias, &input_bias, &running_mean, &running_var, &num_batches_tracked;
   std::optional<double> momentum;
   double eps;
 
-  int64_t channels() const { return input.size(1); }
-  int64_t count() const { return input.numel() / input.size(1); }  // values per channel
-
-  void check() const {
-    check_input(input);
+  // Refusals name the arguments with `prefix`.
+  void check(bool training, const char* prefix) const {
     for (const auto& [vector, name] : {std::pair{&weight, "weight"},
                                        {&bias, "bias"},
                                        {&running_mean, "running_mean"},
                                        {&running_var, "running_var"},
                                        {&input_bias, "input_bias"}}) {
-      check_vector(*vector, name, input);
+      check_vector(*vector, prefix, name, input);
     }
-    STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
-                    "running_mean, running_var: expected both or neither");
-    STD_TORCH_CHECK(training ? count() != 1 : running_mean.has_value(),
-                    "expected more than one value per channel in training, and running statistics otherwise");
-    STD_TORCH_CHECK(training ? eps > 0 : eps >= 0, "eps: expected more than 0 in training, and not less otherwise");
-    STD_TORCH_CHECK(momentum || num_batches_tracked, "momentum: None needs num_batches_tracked");
+    STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), prefix, "running_mean, ", prefix,
+                    "running_var: expected both or neither");
+    STD_TORCH_CHECK(training || running_mean, prefix, "running_mean: expected running statistics outside training");
+    STD_TORCH_CHECK(training ? eps > 0 : eps >= 0, prefix,
+                    "eps: expected more than 0 in training, and not less otherwise");
+    STD_TORCH_CHECK(momentum || num_batches_tracked, prefix, "momentum: None needs num_batches_tracked");
     if (num_batches_tracked) {
       STD_TORCH_CHECK(on_one_device(*num_batches_tracked, input) && num_batches_tracked->numel() == 1 &&
                           num_batches_tracked->scalar_type() == ScalarType::Long,
-                      "num_batches_tracked: expected one int64 on the input's device");
+                      prefix, "num_batches_tracked: expected one int64 on the input's device");
     }
-    if (residual) check_like_input(*residual, "residual", input);
   }
 };
 
-struct Needed {
-  bool input, residual, weight, bias, input_bias;
-};
+constexpr const char* kPrefixes[] = {"", "residual_"};  // of a first and a second batch norm's arguments
 
-struct BackwardArguments {
-  const Tensor &grad_output, &input;
-  const OptionalTensor &mask, &weight, &bias, &input_bias;
-  const Tensor& statistics;
+struct ForwardArguments {
+  const NormArguments* norms;  // of the input and, in a second one, of the residual
+  int count;                   // of norms
+  const Tensor* residual;      // that is added as it is; or nullptr
   bool training;
-  Needed needed;
 
-  int64_t channels() const { return input.size(1); }
-  int64_t count() const { return input.numel() / input.size(1); }
+  const Tensor& input() const { return norms[0].input; }
+  int64_t channels() const { return input().size(1); }
+  int64_t values() const { return input().numel() / channels(); }  // per channel
 
   void check() const {
-    check_input(input);
-    check_like_input(grad_output, "grad_output", input);
-    check_vector(weight, "weight", input);
-    check_vector(bias, "bias", input);
-    check_vector(input_bias, "input_bias", input);
-    STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
-                        statistics.is_contiguous() && statistics.numel() == 2 * channels(),
-                    "statistics: expected a contiguous float64 tensor of shape (2, ", channels(),
-                    ") on the input's device");
+    check_input(input());
+    if (residual != nullptr) check_like_input(*residual, "residual", input());
+    if (count == 2) check_like_input(norms[1].input, "residual", input());
+    for (int i = 0; i < count; ++i) norms[i].check(training, kPrefixes[i]);
+    STD_TORCH_CHECK(!training || values() != 1, "input: expected more than one value per channel in training");
+    if (!training || count < 2) return;
+    const auto share = [](const OptionalTensor& first, const OptionalTensor& second) {
+      return first && second && first->data_ptr() == second->data_ptr();
+    };
+    STD_TORCH_CHECK(!share(norms[0].running_mean, norms[1].running_mean) &&
+                        !share(norms[0].running_var, norms[1].running_var) &&
+                        !share(norms[0].num_batches_tracked, norms[1].num_batches_tracked),
+                    "residual_running_mean: expected running statistics and a counter of its own");
   }
 };
 
 struct ForwardResults {
-  Tensor output, statistics, mask;
+  Tensor output, mask;
+  std::array<Tensor, 2> statistics;  // of each batch norm
+};
+
+struct Needed {
+  bool input, weight, bias, input_bias;
+
+  bool sums() const { return weight || bias || input_bias; }
+  bool any() const { return input || sums(); }
+};
+
+// One batch norm of a backward.
+struct NormBackwardArguments {
+  const Tensor& input;
+  const OptionalTensor &weight, &bias, &input_bias;
+  const Tensor& statistics;
+  Needed needed;
+
+  void check(const char* prefix) const {
+    check_vector(weight, prefix, "weight", input);
+    check_vector(bias, prefix, "bias", input);
+    check_vector(input_bias, prefix, "input_bias", input);
+    const int64_t channels = input.size(1);
+    STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
+                        statistics.is_contiguous() && statistics.numel() == 2 * channels,
+                    prefix, "statistics: expected a contiguous float64 tensor of shape (2, ", channels,
+                    ") on the input's device");
+  }
+};
+
+struct BackwardArguments {
+  const Tensor& grad_output;
+  const Tensor* mask;  // or nullptr
+  const NormBackwardArguments* norms;
+  int count;
+  bool training, need_residual;  // need_residual: of one that was added as it is
+
+  const Tensor& input() const { return norms[0].input; }
+  int64_t channels() const { return input().size(1); }
+  int64_t values() const { return input().numel() / channels(); }
+
+  void check() const {
+    check_input(input());
+    check_like_input(grad_output, "grad_output", input());
+    if (count == 2) check_like_input(norms[1].input, "residual", input());
+    for (int i = 0; i < count; ++i) norms[i].check(kPrefixes[i]);
+  }
+};
+
+// The gradients of one batch norm that are asked for, to be written.
+struct NormGradients {
+  Tensor input, weight, bias, input_bias;
+
+  NormGradients() = default;
+  NormGradients(const NormBackwardArguments& a, MemoryFormat format)
+      : input(a.needed.input ? empty_like(a.input, format) : Tensor()),
+        weight(vector(a, a.needed.weight, a.weight)),
+        bias(vector(a, a.needed.bias, a.bias)),
+        input_bias(vector(a, a.needed.input_bias, a.input_bias)) {}
+
+ private:
+  static Tensor vector(const NormBackwardArguments& a, bool need, const OptionalTensor& parameter) {
+    if (!need) return Tensor();
+    return empty_vector(a.input, a.input.size(1), parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
+  }
 };
 
 struct BackwardResults {
-  Tensor input, residual, weight, bias, input_bias;
-};
+  Tensor residual;
+  std::array<NormGradients, 2> norms;
 
-// The gradients that are asked for, to be written.
-inline BackwardResults empty_gradients(const BackwardArguments& a, MemoryFormat format) {
-  const auto like_input = [&](bool need) { return need ? empty_like(a.input, format) : Tensor(); };
-  const auto vector = [&](bool need, const OptionalTensor& parameter) {
-    if (!need) return Tensor();
-    return empty_vector(a.input, a.channels(), parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
-  };
-  return {like_input(a.needed.input), like_input(a.needed.residual), vector(a.needed.weight, a.weight),
-          vector(a.needed.bias, a.bias), vector(a.needed.input_bias, a.input_bias)};
-}
+  BackwardResults(const BackwardArguments& a, MemoryFormat format) {
+    if (a.need_residual) residual = empty_like(a.input(), format);
+    for (int i = 0; i < a.count; ++i) norms[i] = NormGradients(a.norms[i], format);
+  }
+};
 
 // ---- The ops of a backend, which has forward and backward ----
 
 template <typename Backend>
 struct Ops {
+  using Momentum = std::optional<double>;
+
   static std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
                                                                 OptionalTensor bias, OptionalTensor input_bias,
                                                                 OptionalTensor running_mean, OptionalTensor running_var,
                                                                 OptionalTensor num_batches_tracked, bool training,
-                                                                std::optional<double> momentum, double eps) {
-    const OptionalTensor added(std::move(residual));
-    auto [output, statistics, mask] = Backend::forward({input, added, weight, bias, input_bias, running_mean,
-                                                        running_var, num_batches_tracked, training, momentum, eps});
-    return {output, statistics, mask};
+                                                                Momentum momentum, double eps) {
+    const NormArguments norm{input,    weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
+                             momentum, eps};
+    const ForwardResults results = Backend::forward({&norm, 1, &residual, training});
+    return {results.output, results.statistics[0], results.mask};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
       Tensor grad_output, Tensor input, Tensor mask, OptionalTensor weight, OptionalTensor bias,
       OptionalTensor input_bias, Tensor statistics, bool training, bool need_input, bool need_residual,
       bool need_weight, bool need_bias, bool need_input_bias) {
-    const OptionalTensor given(std::move(mask));
-    auto grad = Backend::backward({grad_output,
-                                   input,
-                                   given,
-                                   weight,
-                                   bias,
-                                   input_bias,
-                                   statistics,
-                                   training,
-                                   {need_input, need_residual, need_weight, need_bias, need_input_bias}});
-    return {grad.input, grad.residual, grad.weight, grad.bias, grad.input_bias};
+    const NormBackwardArguments norm{input,      weight,     bias,
+                                     input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}};
+    const BackwardResults grad = Backend::backward({grad_output, &mask, &norm, 1, training, need_residual});
+    const auto& [grad_input, grad_weight, grad_bias, grad_input_bias] = grad.norms[0];
+    return {grad_input, grad.residual, grad_weight, grad_bias, grad_input_bias};
   }
 
   static std::tuple<Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
                                                     OptionalTensor input_bias, OptionalTensor running_mean,
                                                     OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                                    bool training, std::optional<double> momentum, double eps) {
-    const OptionalTensor none;
-    auto results = Backend::forward({input, none, weight, bias, input_bias, running_mean, running_var,
-                                     num_batches_tracked, training, momentum, eps});
-    return {results.output, results.statistics};
+                                                    bool training, Momentum momentum, double eps) {
+    const NormArguments norm{input,    weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
+                             momentum, eps};
+    const ForwardResults results = Backend::forward({&norm, 1, nullptr, training});
+    return {results.output, results.statistics[0]};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
       Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor input_bias,
       Tensor statistics, bool training, bool need_input, bool need_weight, bool need_bias, bool need_input_bias) {
-    const OptionalTensor none;
-    auto grad = Backend::backward({grad_output,
-                                   input,
-                                   none,
-                                   weight,
-                                   bias,
-                                   input_bias,
-                                   statistics,
-                                   training,
-                                   {need_input, false, need_weight, need_bias, need_input_bias}});
-    return {grad.input, grad.weight, grad.bias, grad.input_bias};
+    const NormBackwardArguments norm{input,      weight,     bias,
+                                     input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}};
+    const BackwardResults grad = Backend::backward({grad_output, nullptr, &norm, 1, training, false});
+    const auto& [grad_input, grad_weight, grad_bias, grad_input_bias] = grad.norms[0];
+    return {grad_input, grad_weight, grad_bias, grad_input_bias};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_norm_relu(
+      Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor input_bias, OptionalTensor running_mean,
+      OptionalTensor running_var, OptionalTensor num_batches_tracked, Momentum momentum, double eps, Tensor residual,
+      OptionalTensor residual_weight, OptionalTensor residual_bias, OptionalTensor residual_input_bias,
+      OptionalTensor residual_running_mean, OptionalTensor residual_running_var,
+      OptionalTensor residual_num_batches_tracked, Momentum residual_momentum, double residual_eps, bool training) {
+    const NormArguments norms[] = {
+        {input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps},
+        {residual, residual_weight, residual_bias, residual_input_bias, residual_running_mean, residual_running_var,
+         residual_num_batches_tracked, residual_momentum, residual_eps}};
+    const ForwardResults results = Backend::forward({norms, 2, nullptr, training});
+    return {results.output, results.statistics[0], results.statistics[1], results.mask};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
+  batch_norm_add_batch_norm_relu_backward(Tensor grad_output, Tensor mask, Tensor input, OptionalTensor weight,
+                                          OptionalTensor bias, OptionalTensor input_bias, Tensor statistics,
+                                          Tensor residual, OptionalTensor residual_weight, OptionalTensor residual_bias,
+                                          OptionalTensor residual_input_bias, Tensor residual_statistics, bool training,
+                                          bool need_input, bool need_weight, bool need_bias, bool need_input_bias,
+                                          bool need_residual, bool need_residual_weight, bool need_residual_bias,
+                                          bool need_residual_input_bias) {
+    const NormBackwardArguments norms[] = {
+        {input, weight, bias, input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}},
+        {residual,
+         residual_weight,
+         residual_bias,
+         residual_input_bias,
+         residual_statistics,
+         {need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias}}};
+    const BackwardResults grad = Backend::backward({grad_output, &mask, norms, 2, training, false});
+    const auto& [first, second] = grad.norms;
+    return {first.input,  first.weight,  first.bias,  first.input_bias,
+            second.input, second.weight, second.bias, second.input_bias};
   }
 };
 
 }  // namespace resnet_fused
 
 // At namespace scope: Backend's ops for one dispatch key of a library.
-#define RESNET_FUSED_REGISTER(library, key, Backend)                                       \
-  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                             \
-    using Ops = resnet_fused::Ops<Backend>;                                                \
-    m.impl("batch_norm_add_relu", TORCH_BOX(&Ops::batch_norm_add_relu));                   \
-    m.impl("batch_norm_add_relu_backward", TORCH_BOX(&Ops::batch_norm_add_relu_backward)); \
-    m.impl("batch_norm_relu", TORCH_BOX(&Ops::batch_norm_relu));                           \
-    m.impl("batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_relu_backward));         \
+#define RESNET_FUSED_REGISTER(library, key, Backend)                                                             \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                                                   \
+    using Ops = resnet_fused::Ops<Backend>;                                                                      \
+    m.impl("batch_norm_add_relu", TORCH_BOX(&Ops::batch_norm_add_relu));                                         \
+    m.impl("batch_norm_add_relu_backward", TORCH_BOX(&Ops::batch_norm_add_relu_backward));                       \
+    m.impl("batch_norm_relu", TORCH_BOX(&Ops::batch_norm_relu));                                                 \
+    m.impl("batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_relu_backward));                               \
+    m.impl("batch_norm_add_batch_norm_relu", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu));                   \
+    m.impl("batch_norm_add_batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu_backward)); \
   }

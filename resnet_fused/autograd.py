@@ -9,7 +9,7 @@ import torch
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from .checks import check_arguments, check_device
+from .checks import check_arguments, check_batch_norms, check_device
 from .ops import unpack_mask
 
 
@@ -44,8 +44,13 @@ def _view_per_channel(tensor, input):
     return tensor.view(-1, *[1] * (input.dim() - 2))
 
 
+def _passed(mask, input):
+    """Where the ReLU passed, of what a forward saves for it: the mask's bits or the output."""
+    return unpack_mask(mask, input) if mask.dtype == torch.uint8 else ~(mask <= 0)
+
+
 def _differentiable_backward(mask, training, eps, statistics, grad_output, input, weight):
-    """Both ops' backward as a composition: (grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias).
+    """A batch norm's backward as a composition: (grad_input, grad_residual, grad_weight, grad_bias, grad_input_bias).
 
     In float64. With g = grad_output where mask, x^ = (input - mean) * invstd and n values per channel:
     grad_bias = sum g, grad_weight = sum g x^, grad_residual = g, and grad_input = weight * invstd * g, less, where the
@@ -135,7 +140,7 @@ class BatchNormAddReLUBackward(Function):
     def backward(ctx, *cotangents):
         grad_output, input, mask, weight, statistics = ctx.saved_tensors
         grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
-            unpack_mask(mask, input) if mask.dtype == torch.uint8 else ~(mask <= 0),
+            _passed(mask, input),
             ctx.training,
             ctx.eps,
             statistics,
@@ -204,3 +209,68 @@ class BatchNormReLUBackward(Function):
             (grad_weighted_input, None, *grad_weighted_vectors),
         )
         return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 8
+
+
+class BatchNormAddBatchNormReLU(_Forward):
+    """``relu(batch_norm(input) + batch_norm(residual))``; saves both, mask or else output, and per-channel vectors."""
+
+    @staticmethod
+    def check(*arguments):
+        check_batch_norms(*arguments[:-1])
+
+    @staticmethod
+    def forward(*args):
+        return args[-1].batch_norm_add_batch_norm_relu(*args[:-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        *_, ctx.training, ctx.ops = inputs
+        ctx.eps = inputs[8], inputs[17]
+        output, *statistics, mask = outputs
+        ctx.mark_non_differentiable(*statistics, *(() if mask is None else (mask,)))
+        ctx.set_materialize_grads(False)
+        saved = *inputs[:4], statistics[0], *inputs[9:13], statistics[1]
+        ctx.save_for_backward(output if mask is None else mask, *saved)
+
+    @staticmethod
+    def backward(ctx, grad_output, *_):
+        if grad_output is None:
+            return (None,) * 20
+        function = BatchNormAddBatchNormReLUBackward
+        call = function.apply if torch.is_grad_enabled() else function.forward
+        needed = *ctx.needs_input_grad[:4], *ctx.needs_input_grad[9:13]
+        grads = call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops)
+        return *grads[:4], *(None,) * 5, *grads[4:], *(None,) * 7
+
+
+class BatchNormAddBatchNormReLUBackward(Function):
+    """The backward of :class:`BatchNormAddBatchNormReLU`, differentiable in turn."""
+
+    @staticmethod
+    def forward(*args):
+        return args[-1].batch_norm_add_batch_norm_relu_backward(*args[:-2])
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        grad_output, mask, input, weight, _, _, statistics, *of_residual = inputs[:12]
+        residual, residual_weight, _, _, residual_statistics = of_residual
+        ctx.training, ctx.eps = inputs[12], inputs[-2]
+        ctx.set_materialize_grads(False)
+        saved = input, weight, statistics, residual, residual_weight, residual_statistics
+        ctx.save_for_backward(grad_output, mask, *saved)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        grad_output, mask, *saved = ctx.saved_tensors
+        mask = _passed(mask, saved[0])
+        grad_grad_output, grads = 0, []
+        # Each batch norm's gradients are those of its own tensors and of grad_output.
+        for i, eps in enumerate(ctx.eps):
+            input, weight, statistics = saved[3 * i : 3 * i + 3]
+            of_input, *of_vectors = cotangents[4 * i : 4 * i + 4]
+            grad, grad_input, grad_weight, grad_input_bias = _double_backward(
+                mask, ctx.training, eps, statistics, (grad_output, input, weight), (of_input, None, *of_vectors)
+            )
+            grad_grad_output = grad_grad_output + grad
+            grads += grad_input, grad_weight, None, grad_input_bias, None
+        return grad_grad_output, None, *grads, *(None,) * 11

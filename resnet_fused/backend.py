@@ -17,7 +17,7 @@ from .ops import Ops, register_fakes
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the four ops. ``ops`` is None for ``eager``, and where it is missing."""
+    """One implementation of the ops. ``ops`` is None for ``eager``, and where it is missing."""
 
     name: str
     device_types: tuple[str, ...]

@@ -27,12 +27,22 @@ def _refuse_vector(name, vector, input):
     raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
 
 
-def check_arguments(
-    input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps
-) -> None:
-    """Raise ValueError or TypeError where an argument is not what both ops take; says which, what it should be and is.
+def check_residual(residual, input):
+    """The residual of a batch norm of its own, which neither broadcasts nor is converted."""
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: expected the input's type, {input.dtype}, got {residual.dtype}")
+    if residual.shape != input.shape:
+        raise ValueError(f"residual: expected the input's shape, {tuple(input.shape)}, got {tuple(residual.shape)}")
+    check_device("residual", residual, input)
 
-    The raw ops refuse the same, in fewer words: on the hot path they check, and this explains.
+
+def check_arguments(
+    input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps, prefix=""
+) -> None:
+    """Raise ValueError or TypeError where an argument is not what the ops take; says which, what it should be and is.
+
+    The raw ops refuse the same, in fewer words: on the hot path they check, and this explains. ``prefix``: of the names
+    of a batch norm's arguments.
     """
     vector_types = _VECTOR_TYPES.get(input.dtype)
     if vector_types is None:
@@ -52,26 +62,43 @@ def check_arguments(
         if vector is not None and not (
             vector.shape == (channels,) and vector.dtype in vector_types and vector.device == device
         ):
-            _refuse_vector(name, vector, input)
+            _refuse_vector(prefix + name, vector, input)
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"
-        raise ValueError(f"running_mean, running_var: expected both or neither, got only {given}")
+        raise ValueError(
+            f"{prefix}running_mean, {prefix}running_var: expected both or neither, got only {prefix}{given}"
+        )
     if num_batches_tracked is not None:
         if num_batches_tracked.dtype != torch.int64 or num_batches_tracked.numel() != 1:
             raise ValueError(
-                "num_batches_tracked: expected one int64, got shape "
+                f"{prefix}num_batches_tracked: expected one int64, got shape "
                 f"{tuple(num_batches_tracked.shape)} of {num_batches_tracked.dtype}"
             )
-        check_device("num_batches_tracked", num_batches_tracked, input)
+        check_device(f"{prefix}num_batches_tracked", num_batches_tracked, input)
     elif momentum is None:
-        raise ValueError("momentum: None, the cumulative average, needs num_batches_tracked, got None for it")
+        raise ValueError(f"{prefix}momentum: None, the cumulative average, needs num_batches_tracked, got None for it")
     if training:
         if not eps > 0:
-            raise ValueError(f"eps: expected a number > 0 where batch statistics are used, got {eps}")
+            raise ValueError(f"{prefix}eps: expected a number > 0 where batch statistics are used, got {eps}")
         if input.numel() == channels:
             raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
     else:
         if not eps >= 0:
-            raise ValueError(f"eps: expected a number >= 0, got {eps}")
+            raise ValueError(f"{prefix}eps: expected a number >= 0, got {eps}")
         if running_mean is None:
-            raise ValueError("running_mean, running_var: expected both where training=False, got None")
+            raise ValueError(f"{prefix}running_mean, {prefix}running_var: expected both where training=False, got None")
+
+
+def check_batch_norms(input, *arguments) -> None:
+    """:func:`check_arguments` of the op of two batch norms: its arguments, in its order."""
+    *first, momentum, eps = arguments[:8]
+    residual, *second, residual_momentum, residual_eps, training = arguments[8:]
+    check_arguments(input, *first, training, momentum, eps)
+    check_residual(residual, input)
+    check_arguments(residual, *second, training, residual_momentum, residual_eps, prefix="residual_")
+    if not training:
+        return
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    for name, tensor, other in zip(names, first[3:], second[3:], strict=True):
+        if tensor is not None and tensor is other:
+            raise ValueError(f"residual_{name}: expected one of its own, got the {name} of the input's batch norm")

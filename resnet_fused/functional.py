@@ -1,9 +1,13 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from . import reference
-from .autograd import BatchNormAddReLU, BatchNormReLU
+from .autograd import BatchNormAddBatchNormReLU, BatchNormAddReLU, BatchNormReLU
 from .backend import device_type_of, select
-from .checks import check_arguments, check_device
+from .checks import check_arguments, check_batch_norms, check_device
 
 
 def _like_input(residual, input):
@@ -156,3 +160,56 @@ def batch_norm_add_relu(
         num_batches_tracked=num_batches_tracked,
         input_bias=input_bias,
     )
+
+
+class BatchNorm(NamedTuple):
+    """One of the two batch norms of :func:`batch_norm_add_batch_norm_relu`: arguments of :func:`batch_norm_relu`."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+    input_bias: Tensor | None = None
+
+
+def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training=False):
+    r"""``relu(batch_norm(input) + batch_norm(residual))``, the tail of a block that downsamples, as one operator.
+
+    .. math::
+        y = \max\Big(0, \frac{x - \mu_x}{\sqrt{\sigma_x^2 + \epsilon_x}} \gamma_x + \beta_x
+            + \frac{r - \mu_r}{\sqrt{\sigma_r^2 + \epsilon_r}} \gamma_r + \beta_r\Big)
+
+    Exactly ``F.relu(F.batch_norm(input, ...).add_(F.batch_norm(residual, ...)))``; see :func:`batch_norm_relu` for the
+    statistics, types, and what is returned and raised.
+
+    Args:
+        input: (N, C, *), float16, bfloat16, float32 or float64; any strides.
+        residual: of the input's shape and dtype; any strides.
+        batch_norm, residual_batch_norm: what normalises each, a :class:`BatchNorm`, with momentum and eps of its own,
+            and, in training, with running statistics and counter of its own.
+        training: of both.
+
+    Raises:
+        TypeError: a residual of another dtype than the input's.
+        ValueError: a residual of another shape or on another device; in training, the same running statistics or
+            counter for both. What is wrong with a vector of ``residual_batch_norm`` is told under its name with
+            ``residual_`` before it.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section 3.3,
+    option B; ``downsample`` in torchvision's and timm's ResNets.
+    """
+    arguments = *_in_order(input, batch_norm), *_in_order(residual, residual_batch_norm), training
+    ops = select(device_type_of(input)).ops
+    if ops is not None:
+        return BatchNormAddBatchNormReLU.call(*arguments, ops)
+    check_batch_norms(*arguments)
+    return reference.batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training)
+
+
+def _in_order(input, batch_norm):
+    """As the op takes them."""
+    running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias = batch_norm
+    return input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps

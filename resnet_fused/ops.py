@@ -1,6 +1,6 @@
 """The raw ops' shapes and refusals: fake (meta) implementations, by which torch.compile and torch.export see them.
 
-The schemas are in csrc/ops.cpp. Every backend's namespace has the same four ops, so it registers the same fakes.
+The schemas are in csrc/ops.cpp. Every backend's namespace has the same ops, so it registers the same fakes.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import torch
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
-from .checks import check_arguments, check_device
+from .checks import check_arguments, check_batch_norms, check_device
 
 
 def _statistics(input):
@@ -54,15 +54,22 @@ def _batch_norm_relu(input, *arguments):
     return _like_input(input), _statistics(input)
 
 
-def _batch_norm_add_relu(masking, input, residual, *arguments):
+def _mask(masking, input, training):
     """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
-    check_device("residual", residual, input)
-    outputs = _batch_norm_relu(input, *arguments)
-    training = arguments[-3]
     if not training or input.device.type not in masking:
-        return *outputs, None
+        return None
     rows, columns = _matrix_shape(input)
-    return *outputs, input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8)
+    return input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8)
+
+
+def _batch_norm_add_relu(masking, input, residual, *arguments):
+    check_device("residual", residual, input)
+    return *_batch_norm_relu(input, *arguments), _mask(masking, input, training=arguments[-3])
+
+
+def _batch_norm_add_batch_norm_relu(masking, input, *arguments):
+    check_batch_norms(input, *arguments)
+    return _like_input(input), _statistics(input), _statistics(input), _mask(masking, input, training=arguments[-1])
 
 
 def _batch_norm_relu_backward(
@@ -95,6 +102,14 @@ def _batch_norm_add_relu_backward(
     return grad_input, _like_input(input, need_residual), *grad_vectors
 
 
+def _batch_norm_add_batch_norm_relu_backward(grad_output, mask, input, *arguments):
+    def gradients(vectors, need_input, *needed):
+        return _like_input(input, need_input), *map(partial(_per_channel, input), vectors, needed)
+
+    needed = arguments[10:]
+    return *gradients(arguments[:3], *needed[:4]), *gradients(arguments[5:8], *needed[4:])
+
+
 class Ops(NamedTuple):
     """A backend's ops, resolved once: looking them up on every call costs 2 us of 125 at 8 elements."""
 
@@ -102,9 +117,11 @@ class Ops(NamedTuple):
     batch_norm_relu_backward: OpOverload
     batch_norm_add_relu: OpOverload
     batch_norm_add_relu_backward: OpOverload
+    batch_norm_add_batch_norm_relu: OpOverload
+    batch_norm_add_batch_norm_relu_backward: OpOverload
 
 
-_masking: dict[str, set[str]] = {}  # namespace -> see _batch_norm_add_relu
+_masking: dict[str, set[str]] = {}  # namespace -> see _mask
 
 
 def register_fakes(namespace: str, masking: tuple[str, ...]) -> Ops:
@@ -119,6 +136,8 @@ def register_fakes(namespace: str, masking: tuple[str, ...]) -> Ops:
             _batch_norm_relu_backward,
             partial(_batch_norm_add_relu, _masking[namespace]),
             _batch_norm_add_relu_backward,
+            partial(_batch_norm_add_batch_norm_relu, _masking[namespace]),
+            _batch_norm_add_batch_norm_relu_backward,
         )
         for name, fake in fakes._asdict().items():
             torch.library.register_fake(f"{namespace}::{name}", fake)

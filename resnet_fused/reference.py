@@ -66,3 +66,15 @@ def batch_norm_add_relu(
     )
     # In place, as the reference block writes `Y += X`: the sum has the input's dtype and shape.
     return torch.relu(normalized.add_(residual))
+
+
+def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training=False):
+    """``relu(batch_norm(input + input_bias) + batch_norm(residual + input_bias))`` by six PyTorch operators."""
+
+    def normalize(tensor, bn):
+        return _batch_norm(
+            *(tensor, bn.running_mean, bn.running_var, bn.weight, bn.bias),
+            *(training, bn.momentum, bn.eps, bn.num_batches_tracked, bn.input_bias),
+        )
+
+    return torch.relu(normalize(input, batch_norm).add_(normalize(residual, residual_batch_norm)))

@@ -15,6 +15,7 @@ if torch.cuda.is_available():
     BACKENDS["cuda"] = "cuda"
 LARGEST_EMULATED = 50_000  # elements: an emulated kernel takes microseconds for each
 
+WITH_RESIDUAL = {True: "add_relu", False: "relu", "normalized": "add_batch_norm_relu"}
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -65,9 +66,9 @@ def training(request):
     return request.param
 
 
-@pytest.fixture(params=[True, False], ids=["add_relu", "relu"])
+@pytest.fixture(params=WITH_RESIDUAL, ids=WITH_RESIDUAL.values())
 def with_residual(request):
-    """Which of the two ops."""
+    """Which of the three ops: whether a residual is added, and whether it is normalised before."""
     return request.param
 
 

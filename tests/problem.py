@@ -36,9 +36,17 @@ class Problem:
     running_var: torch.Tensor | None
     grad_output: torch.Tensor
     input_bias: torch.Tensor | None = None
+    residual_weight: torch.Tensor | None = None
+    residual_bias: torch.Tensor | None = None
+    residual_running_mean: torch.Tensor | None = None
+    residual_running_var: torch.Tensor | None = None
+    residual_input_bias: torch.Tensor | None = None
+    normalizes_residual: bool = False
     options: dict = field(default_factory=dict)
 
-    DIFFERENTIABLE = ("input", "residual", "weight", "bias", "input_bias")
+    DIFFERENTIABLE = ("input", "weight", "bias", "input_bias")
+    DIFFERENTIABLE += ("residual", "residual_weight", "residual_bias", "residual_input_bias")
+    RUNNING = ("running_mean", "running_var", "residual_running_mean", "residual_running_var")
 
     @classmethod
     def random(
@@ -51,33 +59,55 @@ class Problem:
         parameter_dtype=None,
         **options,
     ):
-        """Values of both signs in every channel: the ReLU clips 30 to 70 % of the outputs (asserted by the caller)."""
+        """Values of both signs in every channel: the ReLU clips 30 to 70 % of the outputs (asserted by the caller).
+
+        ``residual``: whether there is one, or "normalized", by a batch norm of its own.
+        """
         channels = shape[1]
         parameter_dtype = parameter_dtype or (torch.float64 if dtype == torch.float64 else torch.float32)
         vector = lambda: torch.randn(channels, dtype=torch.float64)  # noqa: E731
         make = lambda tensor: in_layout(tensor.to(device, dtype), layout)  # noqa: E731
         tensors = torch.randn(3, *shape, dtype=torch.float64)
+
+        def batch_norm(x, prefix=""):
+            # Running statistics near the batch's, so that in eval mode, too, the ReLU clips about half of each channel.
+            variance, mean = torch.var_mean(x, [0, *range(2, len(shape))], correction=0)
+            vectors = {
+                "weight": vector() + vector().sign(),
+                "bias": vector() * 0.2,
+                "running_mean": mean + 0.1 * vector(),
+                "running_var": variance * (1 + vector().abs()),
+            }
+            return {prefix + name: values.to(device, parameter_dtype) for name, values in vectors.items()}
+
         x = tensors[0] * 2 + vector().view(-1, *[1] * (len(shape) - 2))
-        # Running statistics near the batch's, so that in eval mode, too, the ReLU clips about half of each channel.
-        variance, mean = torch.var_mean(x, [0, *range(2, len(shape))], correction=0)
+        vectors = batch_norm(x)
+        if residual == "normalized":
+            tensors[1].mul_(3).add_(vector().view(-1, *[1] * (len(shape) - 2)))
+            vectors |= batch_norm(tensors[1], "residual_")
+            options = {"residual_momentum": 0.3, "residual_eps": 0.02, **options}
         return cls(
             input=make(x),
             residual=make(tensors[1]) if residual else None,
-            weight=(vector() + vector().sign()).to(device, parameter_dtype),
-            bias=(vector() * 0.2).to(device, parameter_dtype),
-            running_mean=(mean + 0.1 * vector()).to(device, parameter_dtype),
-            running_var=(variance * (1 + vector().abs())).to(device, parameter_dtype),
             grad_output=make(tensors[2]),
+            normalizes_residual=residual == "normalized",
             options={"training": True, **options},
+            **vectors,
         )
 
     def with_(self, **changes):
         return replace(self, **changes)
 
+    def with_input_bias(self):
+        """With a random one of each batch norm."""
+        names = ("input_bias", "residual_input_bias") if self.normalizes_residual else ("input_bias",)
+        like = self.running_mean
+        return self.with_(**{name: torch.randn(like.shape, dtype=like.dtype, device=like.device) for name in names})
+
     def run(self, functions=functional, dtype=None, needs_grad=DIFFERENTIABLE):
         """Output, gradients and running statistics by name; of the package, or, in float64, of the reference."""
         tensors = {}
-        for name in (*self.DIFFERENTIABLE, "running_mean", "running_var"):
+        for name in (*self.DIFFERENTIABLE, *self.RUNNING):
             tensor = getattr(self, name)
             if tensor is not None:
                 # detach, not clone: strides, overlaps and offsets are part of the problem
@@ -89,23 +119,34 @@ class Problem:
         }
         for leaf in leaves.values():
             leaf.requires_grad_()
-        counter = torch.tensor(3, device=tensors["input"].device)
-        options = {"num_batches_tracked": counter, **self.options}
-        residual = tensors.pop("residual")
-        if residual is None:
-            output = functions.batch_norm_relu(**tensors, **options)
-        else:
-            output = functions.batch_norm_add_relu(residual=residual, **tensors, **options)
-        results = {"output": output.detach()}
+        counters = {"num_batches_tracked": torch.tensor(3, device=tensors["input"].device)}
+        if self.normalizes_residual:
+            counters["residual_num_batches_tracked"] = torch.tensor(5, device=tensors["input"].device)
+        output = self.call(functions, {**tensors, **counters, **self.options})
+        results = {"output": output.detach(), **counters}
         if leaves:
             grad_output = self.grad_output if dtype is None else self.grad_output.to("cpu", dtype)
             grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True)
             results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-        for name in ("running_mean", "running_var"):
+        for name in self.RUNNING:
             if tensors[name] is not None:
                 results[name] = tensors[name].detach()
-        results["num_batches_tracked"] = counter
         return results
+
+    def call(self, functions, arguments):
+        """The op's output; arguments by name, those of the residual's batch norm with ``residual_`` before it."""
+        of_residual = {name: arguments[name] for name in arguments if name.startswith("residual_")}
+        arguments = {name: value for name, value in arguments.items() if name not in of_residual}
+        if self.normalizes_residual:
+            tensors = [arguments.pop(name) for name in ("input", "residual")]
+            training = arguments.pop("training")
+            of_residual = {name.removeprefix("residual_"): value for name, value in of_residual.items()}
+            batch_norms = functional.BatchNorm(**arguments), functional.BatchNorm(**of_residual)
+            return functions.batch_norm_add_batch_norm_relu(*tensors, *batch_norms, training)
+        if arguments["residual"] is not None:
+            return functions.batch_norm_add_relu(**arguments)
+        del arguments["residual"]
+        return functions.batch_norm_relu(**arguments)
 
     def reference(self, **kwargs):
         return self.run(reference, torch.float64, **kwargs)
@@ -127,13 +168,13 @@ class Problem:
         assert actual["output"].dtype == self.input.dtype
         assert actual.keys() == expected.keys()
         for name, value in actual.items():
-            if name == "num_batches_tracked":
+            if name.endswith("num_batches_tracked"):
                 assert value.item() == expected[name].item()
                 continue
             if value is None or expected[name] is None:
                 assert value is None and expected[name] is None, name
                 continue
-            if name == "grad_input_bias" and self.options["training"]:
+            if name.startswith("grad_") and name.endswith("input_bias") and self.options["training"]:
                 assert torch.count_nonzero(value) == 0  # cancelled by batch statistics: rounding noise in the reference
                 continue
             leaf = getattr(self, name.removeprefix("grad_"), self.input)

@@ -64,21 +64,29 @@ def test_three_training_steps_with_inductor_equal_eager(device, dtype, layout, m
 
 
 def test_the_functions_compiled_with_inductor_equal_eager(device, training):
-    """Both, in one graph; compiled functions of tensors, not modules: the statistics are arguments."""
+    """All, in one graph; compiled functions of tensors, not modules: the statistics are arguments."""
 
-    def both(x, residual, weight, bias, *statistics):
-        running_mean, running_var, counter = statistics
+    def all_of_them(x, residual, weight, bias, residual_weight, residual_bias, *statistics):
+        running_mean, running_var, counter, *of_residual = statistics
         options = {"training": training, "num_batches_tracked": counter}
         y = functional.batch_norm_add_relu(x, residual, running_mean, running_var, weight, bias, **options)
-        return y, functional.batch_norm_relu(y - 0.5, running_mean, running_var, weight, bias, **options)
+        z = functional.batch_norm_relu(y - 0.5, running_mean, running_var, weight, bias, **options)
+        batch_norms = (
+            functional.BatchNorm(running_mean, running_var, weight, bias, num_batches_tracked=counter),
+            functional.BatchNorm(*of_residual[:2], residual_weight, residual_bias, None, 0.1, of_residual[2]),
+        )
+        return y, z, functional.batch_norm_add_batch_norm_relu(y, residual, *batch_norms, training)
 
-    problem = Problem.random((6, 8, 5, 5), torch.float64, device=device)
+    problem = Problem.random((6, 8, 5, 5), torch.float64, device=device, residual="normalized")
+    names = ("input", "residual", "weight", "bias", "residual_weight", "residual_bias")
     results = []
-    for function in (both, torch.compile(both, fullgraph=True)):
-        leaves = [getattr(problem, name).clone().requires_grad_() for name in ("input", "residual", "weight", "bias")]
-        statistics = [problem.running_mean.clone(), problem.running_var.clone(), torch.tensor(3, device=device)]
+    for function in (all_of_them, torch.compile(all_of_them, fullgraph=True)):
+        leaves = [getattr(problem, name).clone().requires_grad_() for name in names]
+        statistics = [getattr(problem, name).clone() for name in Problem.RUNNING]
+        for at, count in ((2, 3), (5, 7)):
+            statistics.insert(at, torch.tensor(count, device=device))
         outputs = function(*leaves, *statistics)
-        grads = torch.autograd.grad(outputs, leaves, [problem.grad_output] * 2)
+        grads = torch.autograd.grad(outputs, leaves, [problem.grad_output] * 3)
         results.append([*outputs, *grads, *statistics])
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected, torch.float64)
@@ -196,7 +204,13 @@ def _outputs_and_gradients(x, residual, vectors):
     x, residual = (tensor.detach().requires_grad_() for tensor in (x, residual))
     y = functional.batch_norm_add_relu(x, residual, *vectors, training=True)
     z = functional.batch_norm_relu(x, *vectors, training=True)
+    batch_norms = (functional.BatchNorm(*(v.clone() for v in vectors)) for _ in range(2))
+    w = functional.batch_norm_add_batch_norm_relu(x, residual, *batch_norms, training=True)
+    grad_x, grad_residual = torch.autograd.grad(w, (x, residual), torch.ones_like(w))
     return {
+        "add_batch_norm_relu": w,
+        "add_batch_norm_relu, grad_x": grad_x,
+        "add_batch_norm_relu, grad_residual": grad_residual,
         "add_relu": y,
         "relu": z,
         "grad_input": torch.autograd.grad(z, x, torch.ones_like(z))[0],

@@ -24,7 +24,11 @@ from .problem import in_layout
 
 BUILT = importlib.util.find_spec("resnet_fused._CUDA") is not None
 PACKAGE = Path(resnet_fused.__file__).parent
-OPS = ("batch_norm_relu", "batch_norm_relu_backward", "batch_norm_add_relu", "batch_norm_add_relu_backward")
+OPS = tuple(
+    name + suffix
+    for name in ("batch_norm_relu", "batch_norm_add_relu", "batch_norm_add_batch_norm_relu")
+    for suffix in ("", "_backward")
+)
 SHAPES = [(4, 6, 5, 3), (4, 5, 4, 3, 3), (2, 7, 9), (6, 9)]
 
 pytestmark = pytest.mark.skipif(
@@ -119,7 +123,13 @@ def test_the_forwards_outputs_are_as_eagers(fake_cuda, shape, dtype, layout, tra
     vector = torch.empty(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     arguments = (vector, vector, None, vector, vector, None, training, 0.1, 1e-5)
     mask = None
-    if with_residual:
+    if with_residual == "normalized":
+        norm = (*arguments[:-3], *arguments[-2:])
+        other = (*(v if v is None else torch.empty_like(v) for v in norm[:-2]), *norm[-2:])
+        op = torch.ops.resnet_fused.batch_norm_add_batch_norm_relu
+        output, statistics, of_residual, mask = op(x, *norm, torch.empty_like(x), *other, training)
+        _assert_like(of_residual, statistics)
+    elif with_residual:
         output, statistics, mask = torch.ops.resnet_fused.batch_norm_add_relu(x, torch.empty_like(x), *arguments)
     else:
         output, statistics = torch.ops.resnet_fused.batch_norm_relu(x, *arguments)
@@ -142,6 +152,12 @@ def test_the_backwards_outputs_are_as_eagers(fake_cuda, shape, dtype, layout, tr
         _assert_like(actual, expected)
     gradients = torch.ops.resnet_fused.batch_norm_relu_backward(torch.empty_like(x), x, *tail, True, False, True, True)
     for actual, expected in zip(gradients, (x, None, weight.double(), weight.double()), strict=True):
+        _assert_like(actual, expected)
+    norm = (weight, None, None, statistics)
+    gradients = torch.ops.resnet_fused.batch_norm_add_batch_norm_relu_backward(
+        torch.empty_like(x), mask, x, *norm, torch.empty_like(x), *norm, training, *(True, True, False, False) * 2
+    )
+    for actual, expected in zip(gradients, (x, weight, None, None) * 2, strict=True):
         _assert_like(actual, expected)
 
 

@@ -1,6 +1,7 @@
 """What must hold at the edges: ties, NaNs, extreme values, empty and strange tensors, bad input."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -42,6 +43,8 @@ def test_strange_strides_give_eagers_values_and_memory_format(backend, device, t
     problem = Problem.random(tuple(x.shape), torch.float64, device=device, residual=with_residual, training=training)
     problem = problem.with_(input=x)
     results = problem.check(clipped=None)
+    if with_residual == "normalized":
+        problem.with_(input=problem.residual, residual=x).check(clipped=None)
     expected = F.batch_norm(x, problem.running_mean.clone(), problem.running_var.clone(), training=training)
     assert results["output"].stride() == expected.stride()
 
@@ -82,8 +85,11 @@ def test_a_mean_far_above_the_deviation_survives(backend, device, dtype, layout,
     problem = Problem.random((8, 6, 9, 9), dtype, layout, device, with_residual)
     x = in_layout((1e4 + 1e-2 * torch.randn(8, 6, 9, 9, dtype=torch.float64)).to(device, dtype), layout)
     # float32 inputs are spaced 1e-3 here; the reference sees the same rounded values. In float64 the reference's own
-    # x * scale + shift loses 6 of its 16 digits.
-    problem.with_(input=x).check(scale=1 if dtype == torch.float32 else 2000)
+    # x * scale + shift loses 6 of its 16 digits, for each batch norm.
+    problem = problem.with_(input=x)
+    if with_residual == "normalized":
+        problem = problem.with_(residual=in_layout(x.flip(0, 2, 3), layout))
+    problem.check(scale=1 if dtype == torch.float32 else 4000)
 
 
 def test_an_outlier_where_the_statistics_start_costs_no_accuracy(backend, device, layout):
@@ -111,18 +117,17 @@ def test_a_constant_channel_has_variance_zero(backend, device, layout, with_resi
 @pytest.mark.parametrize("position", [(0, 0), (3, 5)], ids=["first", "last"])
 def test_nan_or_inf_in_one_channel_stays_there(backend, device, layout, training, with_residual, value, position):
     problem = Problem.random((4, 5, 6, 6), torch.float32, layout, device, with_residual, training=training)
-    x = problem.input.clone()
-    x[position[0], 2, position[1], position[1]] = value
-    actual, expected = problem.with_(input=x).run(), problem.with_(input=x).reference()
     clean = problem.run()
     others = [0, 1, 3, 4]
-    for name in ("output", "grad_input") + (("grad_residual",) if with_residual else ()):
-        torch.testing.assert_close(actual[name][:, others], clean[name][:, others], rtol=0, atol=0)
-        assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
-        assert torch.equal(actual[name].isinf().cpu(), expected[name].isinf()), name
-    for name in ("running_mean", "running_var", "grad_weight", "grad_bias"):
-        torch.testing.assert_close(actual[name][others], clean[name][others], rtol=0, atol=0)
-        assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
+    for changed in ("input", "residual") if with_residual == "normalized" else ("input",):
+        x = getattr(problem, changed).clone()
+        x[position[0], 2, position[1], position[1]] = value
+        actual, expected = (f() for p in [problem.with_(**{changed: x})] for f in (p.run, p.reference))
+        for name in actual.keys() - {"num_batches_tracked", "residual_num_batches_tracked"}:
+            channels = (slice(None), others) if actual[name].dim() > 1 else others
+            torch.testing.assert_close(actual[name][channels], clean[name][channels], rtol=0, atol=0)
+            assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
+            assert torch.equal(actual[name].isinf().cpu(), expected[name].isinf()), name
 
 
 def _ties(device, dtype, layout):
@@ -152,6 +157,22 @@ def test_a_tie_at_zero_without_residual(backend, device, dtype, layout):
         assert torch.count_nonzero(results[name]) == 0, name
 
 
+def test_a_tie_at_zero_of_two_batch_norms(backend, device, dtype, layout):
+    """Shifts that cancel, and a NaN that the batch's statistics spread over its channel of the residual."""
+    problem = Problem.random((4, 3, 5, 5), dtype, layout, device, "normalized")
+    vectors = {name: getattr(problem, name).clone() for name in ("weight", "bias", "residual_weight", "residual_bias")}
+    vectors["weight"][0] = vectors["residual_weight"][0] = 0
+    vectors["residual_bias"][0] = -vectors["bias"][0]
+    residual = problem.residual.clone()
+    residual[0, 1, 0, 0] = float("nan")
+    results = problem.with_(residual=residual, **vectors).run()
+    assert torch.count_nonzero(results["output"][:, 0]) == 0
+    assert results["output"][:, 1].isnan().all()
+    assert results["grad_bias"][0] == results["grad_residual_bias"][0] == 0
+    expected = problem.grad_output[:, 1].double().sum()
+    assert_close(results["grad_bias"][1:2], expected[None], torch.float32, 4)
+
+
 def test_a_nan_gradient_where_the_output_is_blocked_gives_zero(backend, device, layout, training, with_residual):
     problem = Problem.random((4, 3, 5, 5), torch.float32, layout, device, with_residual, training=training)
     output = problem.run()["output"]
@@ -168,7 +189,9 @@ def test_an_output_that_underflows_to_zero_as_stored_is_blocked(backend, device,
     problem = Problem.random((4, 3, 5, 5), dtype, layout, device, with_residual)
     zero = torch.zeros_like(problem.weight)
     changes = {"weight": zero, "bias": zero + tiny / 4}
-    if with_residual:
+    if with_residual == "normalized":
+        changes |= {"residual_weight": zero, "residual_bias": zero}
+    elif with_residual:
         changes["residual"] = torch.zeros_like(problem.residual)
     results = problem.with_(**changes).run()
     assert torch.count_nonzero(results["output"]) == 0
@@ -226,7 +249,13 @@ def test_an_empty_batch_changes_no_statistics_and_counts(backend, device, layout
     statistics = running_mean.clone(), running_var.clone()
     counter = torch.tensor(7, device=device)
     arguments = (running_mean, running_var, weight, bias, True)
-    if with_residual:
+    if with_residual == "normalized":
+        other = torch.tensor(3, device=device)
+        batch_norm = functional.BatchNorm(running_mean, running_var, weight, bias, num_batches_tracked=counter)
+        residual = functional.BatchNorm(None, None, weight, num_batches_tracked=other)
+        output = functional.batch_norm_add_batch_norm_relu(x, x.detach(), batch_norm, residual, True)
+        assert other.item() == 4
+    elif with_residual:
         output = functional.batch_norm_add_relu(x, x.detach(), *arguments, num_batches_tracked=counter)
     else:
         output = functional.batch_norm_relu(x, *arguments, num_batches_tracked=counter)
@@ -238,9 +267,10 @@ def test_an_empty_batch_changes_no_statistics_and_counts(backend, device, layout
 
 
 def test_one_value_per_channel_is_fine_in_eval(backend, device, with_residual):
+    vectors = [torch.zeros(6, dtype=torch.float64, device=device), torch.ones(6, dtype=torch.float64, device=device)]
     Problem.random((1, 6, 1, 1), torch.float64, device=device, residual=with_residual).with_(
-        running_mean=torch.zeros(6, dtype=torch.float64), running_var=torch.ones(6, dtype=torch.float64)
-    ).with_(options={"training": False}).check(clipped=None)
+        **dict(zip(Problem.RUNNING, 2 * vectors, strict=True)), options={"training": False}
+    ).check(clipped=None)
 
 
 # Re-entrance ----------------------------------------------------------------------------------------------------------
@@ -250,14 +280,16 @@ def test_two_calls_before_one_backward_keep_their_own_statistics(backend, device
     first = Problem.random((4, 3, 5, 5), torch.float64, device=device, residual=with_residual)
     second = Problem.random((4, 3, 5, 5), torch.float64, device=device, residual=with_residual)
     weight = first.weight.clone().requires_grad_()
-    running = first.running_mean.clone(), first.running_var.clone()
     outputs = []
     for problem in (first, second):
-        function = functional.batch_norm_relu
-        arguments = (problem.input,)
-        if with_residual:
-            function, arguments = functional.batch_norm_add_relu, (problem.input, problem.residual)
-        outputs.append(function(*arguments, *running, weight, first.bias, True))
+        arguments = {name: getattr(problem, name) for name in (*Problem.DIFFERENTIABLE, *Problem.RUNNING)}
+        arguments |= {
+            "weight": weight,
+            "bias": first.bias,
+            "running_mean": first.running_mean.clone(),
+            "training": True,
+        }
+        outputs.append(problem.call(functional, arguments))
     (actual,) = torch.autograd.grad(outputs, weight, [first.grad_output, second.grad_output])
     separate = [problem.with_(weight=first.weight, bias=first.bias).run()["grad_weight"] for problem in (first, second)]
     torch.testing.assert_close(actual, sum(separate))
@@ -347,6 +379,43 @@ def test_bad_input_is_refused_before_anything_changes(backend, device, case):
     for name, value in tensors.items():
         if value.device.type != "meta":
             assert torch.equal(value, before[name]), name
+
+
+OF_RESIDUAL = {
+    "another dtype": ({"residual": torch.randn(4, 3, 5, 5).double()}, TypeError, "residual: .*float32.*float64"),
+    "one that would broadcast": ({"residual": torch.randn(1, 3, 5, 5)}, ValueError, r"residual: .*\(1, 3, 5, 5\)"),
+    "on another device": ({"residual": torch.randn(4, 3, 5, 5, device="meta")}, ValueError, "residual: .*cpu.*meta"),
+}
+IN_BATCH_NORM = [name for name, (changes, _, _) in BAD.items() if not changes.keys() & {"input", "residual"}]
+IN_BATCH_NORM.remove("momentum None without counter")
+
+
+@pytest.mark.parametrize("prefix", ["", "residual_"], ids=["input", "residual"])
+@pytest.mark.parametrize("case", [*IN_BATCH_NORM, *OF_RESIDUAL, "no counter", "shared statistics", "shared counter"])
+def test_bad_input_of_two_batch_norms_is_refused_before_anything_changes(backend, device, prefix, case):
+    problem = Problem.random((4, 3, 5, 5), device=device, residual="normalized")
+    arguments = {name: getattr(problem, name) for name in (*Problem.DIFFERENTIABLE, *Problem.RUNNING)}
+    arguments |= {"training": True, "residual_num_batches_tracked": torch.tensor(5, device=device)}
+    arguments["num_batches_tracked"] = torch.tensor(3, device=device)
+    if case in BAD:
+        changes, error, text = BAD[case]
+        arguments |= {name if name == "training" else prefix + name: value for name, value in changes.items()}
+        text = re.sub(r"\w+(?=:)|(?<=only )\w+|running_mean(?=,)", rf"{prefix}\g<0>", text)
+    elif case in OF_RESIDUAL:
+        changes, error, text = OF_RESIDUAL[case]
+        arguments |= changes
+    elif case == "no counter":
+        arguments |= {f"{prefix}num_batches_tracked": None, f"{prefix}momentum": None}
+        error, text = ValueError, f"{prefix}momentum: .*num_batches_tracked"
+    else:
+        name = "running_var" if case == "shared statistics" else "num_batches_tracked"
+        arguments[f"residual_{name}"] = arguments[name]
+        error, text = ValueError, f"residual_{name}: expected one of its own"
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(error, match=text):
+        problem.call(functional, arguments)
+    for name, value in before.items():
+        assert value.device.type == "meta" or torch.equal(value, arguments[name]), name
 
 
 def test_eps_zero_is_fine_with_running_statistics(backend, device):

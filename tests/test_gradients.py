@@ -13,28 +13,27 @@ from .problem import Problem, in_layout
 SHAPES = [(4, 3, 3, 2), (12, 3), (3, 3, 2, 2, 2)]
 
 
-def _call(problem, training, with_residual):
+def _call(problem, training=True):
     """(function of the differentiable tensors, those tensors); statistics are copies, so that calls are repeatable."""
-    names = ["input", "weight", "bias", "input_bias"] + (["residual"] if with_residual else [])
-    leaves = [getattr(problem, name).detach().clone().requires_grad_() for name in names]
+    tensors = {name: getattr(problem, name) for name in (*problem.DIFFERENTIABLE, *problem.RUNNING)}
+    names = [name for name in problem.DIFFERENTIABLE if tensors[name] is not None]
+    leaves = [tensors[name].detach().clone().requires_grad_() for name in names]
 
-    def call(*tensors):
-        arguments = dict(zip(names, tensors, strict=True))
-        statistics = {"running_mean": problem.running_mean.clone(), "running_var": problem.running_var.clone()}
-        function = functional.batch_norm_add_relu if with_residual else functional.batch_norm_relu
-        return function(**arguments, **statistics, training=training)
+    def call(*leaves):
+        statistics = {name: tensors[name].clone() for name in problem.RUNNING if tensors[name] is not None}
+        leaves = dict(zip(names, leaves, strict=True))
+        return problem.call(functional, {**tensors, **leaves, **statistics, "training": training})
 
     return call, leaves
 
 
 def _problem(shape, layout, device, with_residual):
-    problem = Problem.random(shape, torch.float64, layout, device, with_residual)
-    return problem.with_(input_bias=torch.randn(shape[1], dtype=torch.float64, device=device))
+    return Problem.random(shape, torch.float64, layout, device, with_residual).with_input_bias()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradcheck(backend, device, layout, shape, training, with_residual):
-    call, leaves = _call(_problem(shape, layout, device, with_residual), training, with_residual)
+    call, leaves = _call(_problem(shape, layout, device, with_residual), training)
     share = (call(*leaves) == 0).double().mean().item()
     assert 0.3 <= share <= 0.7
     assert gradcheck(call, leaves)  # by default against random output gradients
@@ -42,16 +41,17 @@ def test_gradcheck(backend, device, layout, shape, training, with_residual):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradgradcheck(backend, device, layout, shape, training, with_residual):
-    call, leaves = _call(_problem(shape, layout, device, with_residual), training, with_residual)
+    call, leaves = _call(_problem(shape, layout, device, with_residual), training)
     assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True)
 
 
 def _raw_calls(problem, ops, training):
-    """(op, arguments) of the four raw ops; requires_grad nowhere, as autograd lies above them."""
+    """(op, arguments) of the raw ops; requires_grad nowhere, as autograd lies above them."""
     vectors = (problem.weight, problem.bias, problem.weight.clone())
     running = (problem.running_mean, problem.running_var, torch.tensor(3, device=problem.input.device))
     tail = (training, 0.1, 1e-5)
     x, r, g = problem.input, problem.residual, problem.grad_output
+    norms = (x, *vectors, *running, 0.1, 1e-5, r, *vectors, *(s.clone() for s in running), None, 1e-3)
     output, statistics, mask = ops.batch_norm_add_relu(x, r, *vectors, *(s.clone() for s in running), *tail)
     return [
         (ops.batch_norm_add_relu, (x, r, *vectors, *running, *tail)),
@@ -61,10 +61,19 @@ def _raw_calls(problem, ops, training):
             (g, x, output if mask is None else mask, *vectors, statistics, training, True, True, True, True, True),
         ),
         (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
+        (ops.batch_norm_add_batch_norm_relu, (*norms, training)),
+        (
+            ops.batch_norm_add_batch_norm_relu_backward,
+            (g, output if mask is None else mask, x, *vectors, statistics, r, *vectors, statistics, training)
+            + (True, False, True, False, True, True, False, True),
+        ),
     ]
 
 
-@pytest.mark.parametrize("index", range(4), ids=["add_relu", "relu", "add_relu_backward", "relu_backward"])
+OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "add_batch_norm_relu", "add_batch_norm_relu_backward")
+
+
+@pytest.mark.parametrize("index", range(len(OPS)), ids=OPS)
 def test_opcheck(backend, device, dtype, layout, training, index):
     problem = Problem.random((4, 6, 5, 3), dtype, layout, device)
     op, arguments = _raw_calls(problem, get(backend).ops, training)[index]
@@ -80,7 +89,7 @@ def _saved(call):
 
 def test_the_tail_saves_input_output_or_mask_and_vectors(backend, device, layout):
     problem = Problem.random((4, 6, 5, 5), layout=layout, device=device)
-    call, leaves = _call(problem.with_(input_bias=torch.randn(6)), True, True)
+    call, leaves = _call(problem.with_input_bias())
     output, saved = _saved(lambda: call(*leaves))
     large = {tensor.data_ptr(): tensor for tensor in saved if tensor.numel() > 2 * 6}
     assert large.pop(leaves[0].data_ptr()) is not None
@@ -94,14 +103,14 @@ def test_the_tail_saves_input_output_or_mask_and_vectors(backend, device, layout
 
 def test_batch_norm_relu_saves_the_input_and_vectors(backend, device, layout):
     problem = Problem.random((4, 6, 5, 5), layout=layout, device=device, residual=False)
-    call, leaves = _call(problem.with_(input_bias=torch.randn(6)), True, False)
+    call, leaves = _call(problem.with_input_bias())
     _, saved = _saved(lambda: call(*leaves))
     assert [tensor.data_ptr() for tensor in saved if tensor.numel() > 2 * 6] == [leaves[0].data_ptr()]
 
 
 def test_an_in_place_edit_of_a_saved_tensor_is_autograds_error(backend, device, with_residual):
-    problem = Problem.random((4, 6, 5, 5), device=device, residual=with_residual).with_(input_bias=torch.randn(6))
-    call, leaves = _call(problem, True, with_residual)
+    problem = Problem.random((4, 6, 5, 5), device=device, residual=with_residual).with_input_bias()
+    call, leaves = _call(problem)
     x = leaves[0] * 1
     output = call(x, *leaves[1:])
     x.mul_(2)
@@ -112,7 +121,7 @@ def test_an_in_place_edit_of_a_saved_tensor_is_autograds_error(backend, device, 
 @pytest.mark.parametrize("edited", ["input", "weight"])
 def test_the_second_derivative_is_not_silently_dropped(backend, device, with_residual, edited):
     problem = _problem((4, 3, 3, 2), "contiguous", device, with_residual)
-    call, leaves = _call(problem, True, with_residual)
+    call, leaves = _call(problem)
     (first,) = torch.autograd.grad(
         call(*leaves), leaves[0 if edited == "input" else 1], problem.grad_output, create_graph=True
     )

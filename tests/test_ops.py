@@ -1,4 +1,6 @@
-"""Both ops equal the float64 reference: values, gradients, running statistics."""
+"""The ops equal the float64 reference: values, gradients, running statistics."""
+
+import itertools
 
 import pytest
 import torch
@@ -16,7 +18,11 @@ def test_all_half_parameters_and_statistics(backend, device, dtype, layout, trai
     problem.check()
 
 
-@pytest.mark.parametrize("absent", [("weight", "bias"), ("weight",), ("bias",)], ids="-".join)
+@pytest.mark.parametrize(
+    "absent",
+    [("weight", "bias", "residual_weight", "residual_bias"), ("weight", "residual_bias"), ("bias",)],
+    ids="-".join,
+)
 def test_affine_parts_may_be_absent(backend, device, training, with_residual, absent):
     problem = Problem.random((6, 10, 5, 5), device=device, residual=with_residual, training=training)
     problem.with_(**dict.fromkeys(absent)).check()
@@ -24,46 +30,67 @@ def test_affine_parts_may_be_absent(backend, device, training, with_residual, ab
 
 def test_without_running_statistics_batch_statistics_serve(backend, device, with_residual):
     problem = Problem.random((6, 10, 5, 5), device=device, residual=with_residual)
-    problem.with_(running_mean=None, running_var=None).check()
+    problem.with_(**dict.fromkeys(Problem.RUNNING)).check()
+
+
+@pytest.mark.parametrize("prefix", ["", "residual_"], ids=["input", "residual"])
+def test_either_of_two_batch_norms_may_be_without_running_statistics(backend, device, prefix):
+    problem = Problem.random((6, 10, 5, 5), device=device, residual="normalized")
+    problem.with_(**dict.fromkeys((f"{prefix}running_mean", f"{prefix}running_var"))).check()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, 1.7, -0.3, None])
 def test_any_momentum_updates_the_running_statistics_as_eager_does(backend, device, with_residual, momentum):
-    problem = Problem.random((6, 10, 5, 5), torch.float64, device=device, residual=with_residual, momentum=momentum)
-    results = problem.check()
-    assert results["num_batches_tracked"].item() == 4
+    for options in ({"momentum": momentum}, {"momentum": 0.2, "residual_momentum": momentum}):
+        problem = Problem.random((6, 10, 5, 5), torch.float64, device=device, residual=with_residual, **options)
+        results = problem.check()
+        assert results["num_batches_tracked"].item() == 4
 
 
 def test_eval_changes_neither_statistics_nor_counter(backend, device, with_residual):
     problem = Problem.random((6, 10, 5, 5), device=device, residual=with_residual, training=False)
     results = problem.check()
     assert results["num_batches_tracked"].item() == 3
-    torch.testing.assert_close(results["running_mean"], problem.running_mean, rtol=0, atol=0)
-    torch.testing.assert_close(results["running_var"], problem.running_var, rtol=0, atol=0)
+    for name in Problem.RUNNING:
+        if name in results:
+            torch.testing.assert_close(results[name], getattr(problem, name), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.3, 4.0])
-def test_eps_is_added_to_the_variance(backend, device, training, eps):
-    Problem.random((6, 10, 5, 5), torch.float64, device=device, training=training, eps=eps).check()
+def test_eps_is_added_to_the_variance(backend, device, training, with_residual, eps):
+    Problem.random(
+        (6, 10, 5, 5), torch.float64, "contiguous", device, with_residual, training=training, eps=eps
+    ).check()
 
 
 def test_input_bias_equals_a_biased_input(backend, device, layout, training, with_residual):
     problem = Problem.random((6, 10, 5, 5), torch.float64, layout, device, with_residual, training=training)
-    problem = problem.with_(input_bias=torch.randn(10, dtype=torch.float64))
-    problem.check(clipped=None)
+    problem.with_input_bias().check(clipped=None)
 
 
-@pytest.mark.parametrize("needed", ["input", "residual", "weight", "bias", "input_bias"])
+@pytest.mark.parametrize("needed", Problem.DIFFERENTIABLE)
 def test_each_gradient_alone_equals_the_reference(backend, device, training, needed):
-    problem = Problem.random((6, 10, 5, 5), torch.float64, device=device, training=training)
-    problem = problem.with_(input_bias=torch.randn(10, dtype=torch.float64))
-    results = problem.check(clipped=None, needs_grad=(needed,))
-    assert f"grad_{needed}" in results
+    for residual in ("normalized",) if needed.startswith("residual_") else (True, "normalized"):
+        problem = Problem.random((6, 10, 5, 5), torch.float64, device=device, residual=residual, training=training)
+        results = problem.with_input_bias().check(clipped=None, needs_grad=(needed,))
+        assert f"grad_{needed}" in results
+
+
+@pytest.mark.parametrize(
+    "needed", itertools.product(("input", "weight"), ("residual", "residual_weight")), ids="-".join
+)
+def test_a_gradient_of_each_of_two_batch_norms_equals_the_reference(backend, device, dtype, layout, training, needed):
+    Problem.random((6, 10, 5, 5), dtype, layout, device, "normalized", training=training).check(needs_grad=needed)
+
+
+def test_two_batch_norms_of_one_tensor_equal_the_reference(backend, device, layout, training):
+    problem = Problem.random((6, 10, 5, 5), torch.float64, layout, device, "normalized", training=training)
+    problem.with_(residual=problem.input).check(clipped=None)
 
 
 def test_gradients_of_weight_and_bias_with_a_frozen_input(backend, device, with_residual):
     problem = Problem.random((6, 10, 5, 5), torch.float64, device=device, residual=with_residual)
-    problem.check(needs_grad=("weight", "bias"))
+    problem.check(needs_grad=("weight", "bias", "residual_weight", "residual_bias"))
 
 
 def test_residual_none_is_the_op_without_residual(backend, device):
@@ -134,4 +161,5 @@ RESNET18_SHAPES = [(4, 64, 24, 24), (4, 128, 12, 12), (4, 256, 6, 6), (4, 512, 3
 
 @pytest.mark.parametrize("shape", RESNET18_SHAPES, ids=str)
 def test_resnet18_shapes_equal_the_reference(backend, device, layout, shape):
-    Problem.random(shape, torch.float32, layout, device).check()
+    for residual in (True, "normalized"):
+        Problem.random(shape, torch.float32, layout, device, residual).check()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from .conftest import WITH_RESIDUAL
 from .problem import Problem, in_layout
 from .tolerances import assert_close
 
@@ -51,7 +52,12 @@ def _values_per_channel(shape):
 
 
 @RELAXED
-@given(data=st.data(), training=st.booleans(), with_residual=st.booleans(), channels_last=st.booleans())
+@given(
+    data=st.data(),
+    training=st.booleans(),
+    with_residual=st.sampled_from(list(WITH_RESIDUAL)),
+    channels_last=st.booleans(),
+)
 def test_any_shape_and_strides_equal_the_reference(backend, device, data, training, with_residual, channels_last):
     shape = data.draw(shapes())
     layout = "channels_last" if channels_last else "contiguous"
@@ -108,7 +114,7 @@ torch.manual_seed(0)
 for shape in ((4, 5, 7, 9), (33, 63, 3, 3), (3, 10, 33, 33), (2, 1100, 2, 2)):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for layout in ("contiguous", "channels_last"):
-            for residual in (True, False):
+            for residual in (True, False, "normalized"):
                 Problem.random(shape, dtype, layout, residual=residual).check(clipped=None)
 print(_C.cpu_capability())
 """
@@ -163,7 +169,7 @@ def test_a_thread_of_its_own_gives_the_same_bits(backend, device):
 
 
 def test_layouts_agree(backend, device, dtype):
-    problem = Problem.random((5, 7, 6, 6), dtype, device=device)
+    problem = Problem.random((5, 7, 6, 6), dtype, device=device, residual="normalized")
     last = problem.with_(
         **{n: in_layout(getattr(problem, n), "channels_last") for n in ("input", "residual", "grad_output")}
     )

@@ -1,5 +1,7 @@
-// relu(batch_norm(input) [+ residual]) on the CPU: tensors in, kernels called, tensors out; both ops share all of it.
+// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on the CPU: tensors in, kernels called, tensors out;
+// the three ops share all of it.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <memory>
 #include <type_traits>
@@ -83,6 +85,8 @@ class PerChannel {
   int64_t stride_ = 1;
   double otherwise_ = 0;
 };
+
+int64_t* counter_of(const NormArguments& a) { return static_cast<int64_t*>(a.num_batches_tracked->data_ptr()); }
 
 // ---- The schedule ----
 
@@ -188,145 +192,239 @@ void join_moments(const Plan& plan, const Moments* partial, int64_t begin, int64
   }
 }
 
-ForwardResults Cpu::forward(const ForwardArguments& a) {
-  a.check();
-  const Tensor& input = a.input;
-  STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
-  const ElementType type = element_type(input);
-  const int64_t channels = a.channels(), count = a.count();
-  const PerChannel gamma(a.weight, 1), beta(a.bias, 0), running_means(a.running_mean, 0),
-      running_vars(a.running_var, 1);
-  const PerChannel dropped_bias(a.input_bias, 0);
-  int64_t* counter = a.num_batches_tracked ? static_cast<int64_t*>(a.num_batches_tracked->data_ptr()) : nullptr;
+// One batch norm of a forward.
+class NormForward {
+ public:
+  NormForward(const NormArguments& a, const Tensor& input, const Tensor& statistics, bool training, const Plan& plan)
+      : a_(a),
+        input_(input),
+        plan_(plan),
+        kernel_(kernels(element_type(input))),
+        means_(static_cast<double*>(statistics.data_ptr())),
+        invstds_(means_ + plan.channels),
+        running_means_(a.running_mean, 0),
+        running_vars_(a.running_var, 1),
+        dropped_bias_(a.input_bias, 0),
+        coefficients_(plan.channels, element_type(input), PerChannel(a.weight, 1), PerChannel(a.bias, 0)),
+        partial_(uninitialised<Moments>(training ? plan.chunks * plan.channels : 0)) {}
 
-  const MemoryFormat format = memory_format(input);
-  const Tensor x = as_format(input, format), output = empty_like(input, format);
-  const void* r = nullptr;
-  OptionalTensor dense_residual;
-  if (a.residual) r = dense_residual.emplace(as_format(*a.residual, format)).data_ptr();
-  const Tensor statistics = empty_matrix(input, 2, channels, aoti_torch_dtype_float64());
-  double* means = static_cast<double*>(statistics.data_ptr());
-  double* invstds = means + channels;
+  Coefficients coefficients() { return coefficients_.forward(); }
 
-  if (a.training && counter != nullptr) ++*counter;
-  if (count == 0) {  // nothing to normalise: the statistics that come back are never used
-    std::fill(means, means + 2 * channels, 0);
-    return {output, statistics, Tensor()};
-  }
-  CoefficientBuffer coefficients(channels, type, gamma, beta);
-  const auto set_coefficients = [&](int64_t begin, int64_t end, const double* variances) {
-    for (int64_t c = begin; c < end; ++c) invstds[c] = 1 / std::sqrt(variances[c] + a.eps);
-    coefficients.set(begin, end, means, invstds);
-  };
-
-  const Plan plan = plan_of(input, format);
-  const Kernels& kernel = kernels(type);
-  const auto normalize = [&](Work work) {
-    kernel.normalize(plan, work, coefficients.forward(), x.data_ptr(), r, output.data_ptr());
-  };
-  if (!a.training) {
-    double* dropped = coefficients.scratch();
-    dropped_bias.read(0, channels, dropped);
-    running_means.read(0, channels, means);
-    running_vars.read(0, channels, invstds);
-    for (int64_t c = 0; c < channels; ++c) means[c] -= dropped[c];
-    set_coefficients(0, channels, invstds);
-    for_each_chunk(plan, normalize);
-    return {output, statistics, Tensor()};
+  void take_running_statistics() {
+    double* dropped = coefficients_.scratch();
+    dropped_bias_.read(0, plan_.channels, dropped);
+    running_means_.read(0, plan_.channels, means_);
+    running_vars_.read(0, plan_.channels, invstds_);
+    for (int64_t c = 0; c < plan_.channels; ++c) means_[c] -= dropped[c];
+    set_coefficients(0, plan_.channels, invstds_);
   }
 
-  const double n = static_cast<double>(count);
-  const double factor = a.momentum ? *a.momentum : 1 / static_cast<double>(*counter);
-  const auto partial = uninitialised<Moments>(plan.chunks * channels);
-  const auto moments = [&](Work work) { kernel.moments(plan, work, x.data_ptr(), partial.get()); };
-  const auto finish = [&](int64_t begin, int64_t end) {
-    double *variances = invstds, *batch = coefficients.offset(), *running = coefficients.slope();
-    join_moments(plan, partial.get(), begin, end, means, variances);
-    dropped_bias.read(begin, end, batch);
-    for (int64_t c = begin; c < end; ++c) batch[c] += means[c];
+  void reduce(Work work) const { kernel_.moments(plan_, work, input_.data_ptr(), partial_.get()); }
+
+  void finish(int64_t begin, int64_t end) {
+    const double n = static_cast<double>(a_.input.numel() / plan_.channels);
+    const double factor = a_.momentum ? *a_.momentum : 1 / static_cast<double>(*counter_of(a_));
+    double *variances = invstds_, *batch = coefficients_.offset(), *running = coefficients_.slope();
+    join_moments(plan_, partial_.get(), begin, end, means_, variances);
+    dropped_bias_.read(begin, end, batch);
+    for (int64_t c = begin; c < end; ++c) batch[c] += means_[c];
     const auto update = [&](const PerChannel& statistic) {  // by the batch's
       statistic.read(begin, end, running);
       for (int64_t c = begin; c < end; ++c) running[c] = factor * batch[c] + (1 - factor) * running[c];
       statistic.write(begin, end, running);
     };
-    update(running_means);
+    update(running_means_);
     for (int64_t c = begin; c < end; ++c) {
       const double m2 = variances[c] < 0 ? 0 : variances[c];  // below 0 by rounding; NaN stays
       batch[c] = m2 * (1 / (n - 1));
       variances[c] = m2 * (1 / n);
     }
-    update(running_vars);
+    update(running_vars_);
     set_coefficients(begin, end, variances);
+  }
+
+ private:
+  void set_coefficients(int64_t begin, int64_t end, const double* variances) {
+    for (int64_t c = begin; c < end; ++c) invstds_[c] = 1 / std::sqrt(variances[c] + a_.eps);
+    coefficients_.set(begin, end, means_, invstds_);
+  }
+
+  const NormArguments& a_;
+  const Tensor& input_;
+  const Plan& plan_;
+  const Kernels& kernel_;
+  double *means_, *invstds_;
+  PerChannel running_means_, running_vars_, dropped_bias_;
+  CoefficientBuffer coefficients_;
+  std::unique_ptr<Moments[]> partial_;
+};
+
+ForwardResults Cpu::forward(const ForwardArguments& a) {
+  a.check();
+  const Tensor& input = a.input();
+  STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
+  const MemoryFormat format = memory_format(input);
+  ForwardResults results{empty_like(input, format), Tensor(), {}};
+  std::array<Tensor, 2> dense;
+  for (int i = 0; i < a.count; ++i) {
+    dense[i] = as_format(a.norms[i].input, format);
+    results.statistics[i] = empty_matrix(input, 2, a.channels(), aoti_torch_dtype_float64());
+    if (a.training && a.norms[i].num_batches_tracked) ++*counter_of(a.norms[i]);
+  }
+  if (a.values() == 0) {  // nothing to normalise: the statistics that come back are never used
+    for (int i = 0; i < a.count; ++i) {
+      std::fill_n(static_cast<double*>(results.statistics[i].data_ptr()), 2 * a.channels(), 0);
+    }
+    return results;
+  }
+  if (a.residual != nullptr) dense[1] = as_format(*a.residual, format);
+  const Plan plan = plan_of(input, format);
+  const Kernels& kernel = kernels(element_type(input));
+  std::vector<NormForward> norms;
+  norms.reserve(a.count);
+  for (int i = 0; i < a.count; ++i) {
+    norms.emplace_back(a.norms[i], dense[i], results.statistics[i], a.training, plan);
+  }
+
+  const auto normalize = [&](Work work) {
+    const bool has_residual = dense[1].defined();
+    const Coefficients of_residual = norms.back().coefficients();
+    kernel.normalize(plan, work, norms[0].coefficients(), dense[0].data_ptr(),
+                     has_residual ? dense[1].data_ptr() : nullptr, a.count == 2 ? &of_residual : nullptr,
+                     results.output.data_ptr());
   };
-  for_each_chunk_twice(plan, moments, finish, normalize);
-  return {output, statistics, Tensor()};
+  if (!a.training) {
+    for (NormForward& norm : norms) norm.take_running_statistics();
+    for_each_chunk(plan, normalize);
+    return results;
+  }
+  const auto reduce = [&](Work work) {
+    for (const NormForward& norm : norms) norm.reduce(work);
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (NormForward& norm : norms) norm.finish(begin, end);
+  };
+  for_each_chunk_twice(plan, reduce, finish, normalize);
+  return results;
 }
 
 // ---- Backward ----
 
+// One batch norm of a backward.
+class NormBackward {
+ public:
+  NormBackward(const NormBackwardArguments& a, const NormGradients& grad, bool training, const Plan& plan,
+               MemoryFormat format)
+      : plan_(plan),
+        kernel_(kernels(element_type(a.input))),
+        training_(training),
+        input_(as_format(a.input, format)),
+        grad_input_(grad.input),
+        grad_gamma_(grad.weight),
+        grad_beta_(grad.bias),
+        grad_dropped_(grad.input_bias),
+        means_(static_cast<const double*>(a.statistics.data_ptr())),
+        invstds_(means_ + plan.channels),
+        coefficients_(plan.channels, element_type(a.input), PerChannel(a.weight, 1), PerChannel(a.bias, 0)),
+        partial_(uninitialised<GradientSums>(plan.chunks * plan.channels)) {
+    coefficients_.set(0, plan.channels, means_, invstds_);
+  }
+
+  // Sums, and writes the masked gradient where that is not nullptr.
+  void reduce(Work work, GradientSource source, void* masked) {
+    source.input = input_.data_ptr();
+    kernel_.gradient_sums(plan_, work, coefficients_.forward(), source, masked, partial_.get());
+  }
+
+  void finish(int64_t begin, int64_t end) {
+    const double n = static_cast<double>(input_.numel() / plan_.channels);
+    double *sums = coefficients_.offset(), *dots = coefficients_.slope(), *gradient = coefficients_.scratch();
+    std::fill(sums + begin, sums + end, 0), std::fill(dots + begin, dots + end, 0);
+    for (int64_t index = 0; index < plan_.chunks; ++index) {
+      const GradientSums* next = partial_.get() + index * plan_.channels;
+      for (int64_t c = begin; c < end; ++c) sums[c] += next[c].sum, dots[c] += next[c].dot;
+    }
+    grad_beta_.write(begin, end, sums);
+    // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
+    for (int64_t c = begin; c < end; ++c) gradient[c] = training_ ? 0 : sums[c] * coefficients_.scale()[c];
+    grad_dropped_.write(begin, end, gradient);
+    for (int64_t c = begin; c < end; ++c) {
+      const double dropped = means_[c] - coefficients_.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
+      const double dot = dots[c] - dropped * sums[c], slope = dot * invstds_[c] * invstds_[c] / n;
+      gradient[c] = dot * invstds_[c];
+      coefficients_.slope()[c] = slope;
+      coefficients_.offset()[c] = sums[c] / n - dropped * slope;
+    }
+    grad_gamma_.write(begin, end, gradient);
+  }
+
+  void apply(Work work, GradientSource source) {
+    if (!grad_input_.defined()) return;
+    source.input = input_.data_ptr();
+    const Coefficients coefficients = training_ ? coefficients_.backward() : coefficients_.forward();
+    kernel_.grad_input(plan_, work, coefficients, source, grad_input_.data_ptr());
+  }
+
+ private:
+  const Plan& plan_;
+  const Kernels& kernel_;
+  bool training_;
+  Tensor input_, grad_input_;
+  PerChannel grad_gamma_, grad_beta_, grad_dropped_;
+  const double *means_, *invstds_;
+  CoefficientBuffer coefficients_;
+  std::unique_ptr<GradientSums[]> partial_;
+};
+
 BackwardResults Cpu::backward(const BackwardArguments& a) {
   a.check();
-  const Tensor& input = a.input;
+  const Tensor& input = a.input();
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
-  if (a.mask) check_like_input(*a.mask, "mask", input);  // the output itself: bits would save next to nothing here
-  const ElementType type = element_type(input);
-  const int64_t channels = a.channels(), count = a.count();
-  const PerChannel gamma(a.weight, 1), beta(a.bias, 0);
-  const double* means = static_cast<const double*>(a.statistics.data_ptr());
-  const double* invstds = means + channels;
-
+  // The output itself: bits would save next to nothing here.
+  if (a.mask != nullptr) check_like_input(*a.mask, "mask", input);
   const MemoryFormat format = memory_format(input);
-  const BackwardResults grad = empty_gradients(a, format);
-  const PerChannel grad_gamma(grad.weight), grad_beta(grad.bias), grad_dropped(grad.input_bias);
-  if (count == 0) {
-    const std::vector<double> zeros(channels);
-    for (const PerChannel& gradient : {grad_gamma, grad_beta, grad_dropped}) gradient.write(0, channels, zeros.data());
+  const BackwardResults grad(a, format);
+  if (a.values() == 0) {
+    const std::vector<double> zeros(a.channels());
+    for (const NormGradients& of_norm : grad.norms) {
+      for (const Tensor& vector : {of_norm.weight, of_norm.bias, of_norm.input_bias}) {
+        PerChannel(vector).write(0, a.channels(), zeros.data());
+      }
+    }
     return grad;
   }
 
-  const Tensor dy = as_format(a.grad_output, format), x = as_format(input, format);
-  GradientSource source{dy.data_ptr(), x.data_ptr(), nullptr, nullptr};
-  OptionalTensor dense_output;
-  if (a.mask) source.output = dense_output.emplace(as_format(*a.mask, format)).data_ptr();
   const Plan plan = plan_of(input, format);
-  const Kernels& kernel = kernels(type);
+  std::vector<NormBackward> norms;
+  norms.reserve(a.count);
+  bool sums = a.training || a.need_residual;
+  for (int i = 0; i < a.count; ++i) {
+    sums |= a.norms[i].needed.sums();
+    if (a.count == 2 && !a.norms[i].needed.any()) continue;
+    norms.emplace_back(a.norms[i], grad.norms[i], a.training, plan, format);
+  }
 
-  CoefficientBuffer coefficients(channels, type, gamma, beta);
-  coefficients.set(0, channels, means, invstds);
-  GradientSource second_pass = source;  // finds the gradient masked, where the first pass had to write it anyway
-  if (a.needed.residual) second_pass.masked = grad.residual.data_ptr();
+  const Tensor dy = as_format(a.grad_output, format), y = a.mask != nullptr ? as_format(*a.mask, format) : Tensor();
+  const GradientSource source{dy.data_ptr(), nullptr, y.defined() ? y.data_ptr() : nullptr, nullptr};
+  // The first pass leaves the gradient masked where it is the residual's gradient or, at last, that takes its place.
+  const Tensor& to_residual = norms.size() == 2 ? grad.norms[1].input : grad.residual;
+  void* masked = sums && to_residual.defined() ? to_residual.data_ptr() : nullptr;
+  GradientSource masked_source = source;
+  masked_source.masked = masked;
 
-  const double n = static_cast<double>(count);
-  const auto partial = uninitialised<GradientSums>(plan.chunks * channels);
   const auto reduce = [&](Work work) {
-    kernel.gradient_sums(plan, work, coefficients.forward(), source,
-                         a.needed.residual ? grad.residual.data_ptr() : nullptr, partial.get());
+    for (NormBackward& norm : norms) {
+      const bool is_first = &norm == &norms.front();
+      norm.reduce(work, is_first ? source : masked_source, is_first ? masked : nullptr);
+    }
   };
   const auto finish = [&](int64_t begin, int64_t end) {
-    double *sums = coefficients.offset(), *dots = coefficients.slope(), *gradient = coefficients.scratch();
-    std::fill(sums + begin, sums + end, 0), std::fill(dots + begin, dots + end, 0);
-    for (int64_t index = 0; index < plan.chunks; ++index) {
-      const GradientSums* next = partial.get() + index * channels;
-      for (int64_t c = begin; c < end; ++c) sums[c] += next[c].sum, dots[c] += next[c].dot;
-    }
-    grad_beta.write(begin, end, sums);
-    // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
-    for (int64_t c = begin; c < end; ++c) gradient[c] = a.training ? 0 : sums[c] * coefficients.scale()[c];
-    grad_dropped.write(begin, end, gradient);
-    for (int64_t c = begin; c < end; ++c) {
-      const double dropped = means[c] - coefficients.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
-      const double dot = dots[c] - dropped * sums[c], slope = dot * invstds[c] * invstds[c] / n;
-      gradient[c] = dot * invstds[c];
-      coefficients.slope()[c] = slope;
-      coefficients.offset()[c] = sums[c] / n - dropped * slope;
-    }
-    grad_gamma.write(begin, end, gradient);
+    for (NormBackward& norm : norms) norm.finish(begin, end);
   };
-  const Coefficients of_input = a.training ? coefficients.backward() : coefficients.forward();
   const auto apply = [&](Work work) {
-    if (a.needed.input) kernel.grad_input(plan, work, of_input, second_pass, grad.input.data_ptr());
+    for (NormBackward& norm : norms) norm.apply(work, masked_source);
   };
-  if (a.needed.residual || a.needed.weight || a.needed.bias || a.needed.input_bias || a.training) {
+  if (sums) {
     for_each_chunk_twice(plan, reduce, finish, apply);
   } else {
     for_each_chunk(plan, apply);

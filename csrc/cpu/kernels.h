@@ -21,7 +21,7 @@ struct GradientSums {
 };
 
 // Per channel, (C,), each value representable in the accumulation type, so that both passes compute the same bits:
-//   output = relu((input - mean) * scale + shift + residual)
+//   output = relu((input - mean) * scale + shift + residual), a residual of coefficients of its own taken likewise
 //   grad_input = (g - offset - (input - mean) * slope) * scale, or, where the statistics are constants, g * scale
 struct Coefficients {
   const double *mean, *scale, *shift;
@@ -42,9 +42,12 @@ struct Work {
 // Tensors are dense and laid out as the plan says; partial sums are [chunks, channels].
 struct Kernels {
   void (*moments)(const Plan&, Work, const void* input, Moments* partial);
-  void (*normalize)(const Plan&, Work, const Coefficients&, const void* input, const void* residual, void* output);
+  // residual and, where it is normalised, too, its coefficients: nullptr for none
+  void (*normalize)(const Plan&, Work, const Coefficients&, const void* input, const void* residual,
+                    const Coefficients* of_residual, void* output);
   void (*gradient_sums)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_residual,
                         GradientSums* partial);
+  // grad_input may be where the source's `masked` is
   void (*grad_input)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_input);
 };
 

@@ -265,22 +265,26 @@ inline void for_each_slab(const Plan& plan, int64_t block, const Plan::Chunk& ch
   if (rest > 0) f(at + rows * stride, int64_t{1}, stride, rest * entry);
 }
 
-// Calls f(at, length, values) for each run or row of the work, chunks in reverse: the last one read is still cached.
-template <typename T, typename F>
-inline void for_each_row(const Plan& plan, Work work, const Coefficients& coefficients, F f) {
+// Calls f(at, length, values...) for each run or row of the work, with the values of each of the coefficients; chunks
+// in reverse: the last one read is still cached.
+template <typename T, typename F, typename... C>
+inline void for_each_row(const Plan& plan, Work work, F f, const C&... coefficients) {
   if (plan.runs) {
     for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
       for_each_run(plan, work.block, plan.chunk(index), [&](int64_t channel, int64_t at, int64_t length) {
-        f(at, length, values_of<acc_t<T>>(coefficients, channel));
+        f(at, length, values_of<acc_t<T>>(coefficients, channel)...);
       });
     }
   } else {
-    const CoefficientColumns<T> columns(plan, work.block, coefficients);
-    for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
-      for_each_slab(plan, work.block, plan.chunk(index), [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
-        for (int64_t row = 0; row < rows; ++row) f(at + row * stride, width, columns);
-      });
-    }
+    const auto with_columns = [&](const auto&... columns) {
+      for (int64_t index = work.chunk_end; index-- > work.chunk_begin;) {
+        for_each_slab(plan, work.block, plan.chunk(index),
+                      [&](int64_t at, int64_t rows, int64_t stride, int64_t width) {
+                        for (int64_t row = 0; row < rows; ++row) f(at + row * stride, width, columns...);
+                      });
+      }
+    };
+    with_columns(CoefficientColumns<T>(plan, work.block, coefficients)...);
   }
 }
 
@@ -440,16 +444,25 @@ void moments(const Plan& plan, Work work, const void* input, Moments* partial) {
   }
 }
 
-template <typename T, bool kResidual, typename V>
-void normalize_row(int64_t length, const V& values, const T* input, const T* residual, T* output) {
+template <typename T, typename V>
+ALWAYS_INLINE acc_t<T> normalized(word_t<T> word, int64_t k, int lane, const V& values) {
+  return (Traits<T>::load(word, lane) - values.mean.at(k, lane)) * values.scale.at(k, lane) + values.shift.at(k, lane);
+}
+
+enum class Residual { none, as_it_is, normalized };
+
+// residual_values: of a residual that is normalised.
+template <typename T, Residual kResidual, typename V>
+void normalize_row(int64_t length, const V& values, const T* input, const V& residual_values, const T* residual,
+                   T* output) {
   for_each_word<T>(length, [&](int64_t k, auto lanes) INLINED {
-    const auto x = read<lanes.value>(input, k), r = read<lanes.value>(kResidual ? residual : input, k);
+    const auto x = read<lanes.value>(input, k);
+    const auto r = read<lanes.value>(kResidual == Residual::none ? input : residual, k);
     word_t<T> y{};
     for (int lane = 0; lane < lanes.value; ++lane) {
-      const acc_t<T> normalized =
-          (Traits<T>::load(x, lane) - values.mean.at(k, lane)) * values.scale.at(k, lane) + values.shift.at(k, lane);
-      acc_t<T> value = normalized;
-      if (kResidual) value += Traits<T>::load(r, lane);
+      acc_t<T> value = normalized<T>(x, k, lane, values);
+      if (kResidual == Residual::as_it_is) value += Traits<T>::load(r, lane);
+      if (kResidual == Residual::normalized) value += normalized<T>(r, k, lane, residual_values);
       y = Traits<T>::join(y, Traits<T>::store(0 > value ? 0 : value, lane));  // NaN passes
     }
     write<lanes.value>(output, k, y);
@@ -458,18 +471,28 @@ void normalize_row(int64_t length, const V& values, const T* input, const T* res
 
 template <typename T>
 void normalize(const Plan& plan, Work work, const Coefficients& coefficients, const void* input, const void* residual,
-               void* output) {
+               const Coefficients* of_residual, void* output) {
   const T *x = static_cast<const T*>(input), *r = static_cast<const T*>(residual);
   T* y = static_cast<T*>(output);
-  for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, const auto& values) {
-    write_pieces(plan.streams, y, at, length, [&](int64_t begin, int64_t count, T* target) {
-      if (r != nullptr) {
-        normalize_row<T, true>(count, values, x + begin, r + begin, target);
-      } else {
-        normalize_row<T, false>(count, values, x + begin, r, target);
-      }
-    });
-  });
+  if (of_residual != nullptr) {
+    const auto row = [&](int64_t at, int64_t length, const auto& values, const auto& residual_values) {
+      write_pieces(plan.streams, y, at, length, [&](int64_t begin, int64_t count, T* target) {
+        normalize_row<T, Residual::normalized>(count, values, x + begin, residual_values, r + begin, target);
+      });
+    };
+    for_each_row<T>(plan, work, row, coefficients, *of_residual);
+  } else {
+    const auto row = [&](int64_t at, int64_t length, const auto& values) {
+      write_pieces(plan.streams, y, at, length, [&](int64_t begin, int64_t count, T* target) {
+        if (r != nullptr) {
+          normalize_row<T, Residual::as_it_is>(count, values, x + begin, values, r + begin, target);
+        } else {
+          normalize_row<T, Residual::none>(count, values, x + begin, values, r, target);
+        }
+      });
+    };
+    for_each_row<T>(plan, work, row, coefficients);
+  }
   end_streams();
 }
 
@@ -643,7 +666,7 @@ void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, c
                 void* grad_input) {
   T* dx = static_cast<T*>(grad_input);
   with_mask(source, [&](auto mask) {
-    for_each_row<T>(plan, work, coefficients, [&](int64_t at, int64_t length, const auto& values) {
+    const auto row = [&](int64_t at, int64_t length, const auto& values) {
       write_pieces(plan.streams, dx, at, length, [&](int64_t begin, int64_t count, T* target) {
         if (coefficients.slope == nullptr) {
           grad_input_row<T, mask.value, true>(count, values, {source, begin}, target);
@@ -651,7 +674,8 @@ void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, c
           grad_input_row<T, mask.value, false>(count, values, {source, begin}, target);
         }
       });
-    });
+    };
+    for_each_row<T>(plan, work, row, coefficients);
   });
   end_streams();
 }

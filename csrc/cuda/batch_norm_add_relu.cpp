@@ -1,4 +1,5 @@
-// relu(batch_norm(input) [+ residual]) on a GPU: tensors in, kernels launched, tensors out; both ops share all of it.
+// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on a GPU: tensors in, kernels launched, tensors out;
+// the three ops share all of it.
 #include <array>
 #include <initializer_list>
 
@@ -40,103 +41,125 @@ ChannelVector channel_vector(const Tensor& tensor) {
 }
 ChannelVector channel_vector(const OptionalTensor& tensor) { return channel_vector(tensor ? *tensor : Tensor()); }
 
+void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
+
 // In the accumulation type.
 Tensor scratch(const Tensor& input, int64_t rows, int64_t columns) {
   const bool is_double = input.scalar_type() == ScalarType::Double;
   return empty_matrix(input, rows, columns, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
+// Batch norm `i`'s, of `count` in one launch.
+Scratch scratch_of(const Tensor& partials, const Device& device, int64_t channels, int i, int count) {
+  return {partials.data_ptr(), device.zeros(count * channels) + i * channels};
+}
+
 ForwardResults Cuda::forward(const ForwardArguments& a) {
   a.check();
-  const Tensor& input = a.input;
+  const Tensor& input = a.input();
   const Device device(input);
   const MemoryFormat format = memory_format(input);
-  const Tensor x = as_format(input, format), output = empty_like(input, format);
-  const Tensor r = a.residual ? as_format(*a.residual, format) : Tensor();
-  Tensor statistics = empty_matrix(input, 2, a.channels(), aoti_torch_dtype_float64());
+  ForwardResults results{empty_like(input, format), Tensor(), {}};
+  const bool is_empty = a.values() == 0, masks = a.training && (a.residual != nullptr || a.count == 2);
+  std::array<Tensor, 2> dense, partials;
+  for (int i = 0; i < a.count; ++i) dense[i] = as_format(a.norms[i].input, format);
+  if (a.residual != nullptr) dense[1] = as_format(*a.residual, format);
+
   Forward f{};
-  Tensor mask, partials;
-  if (a.count() == 0) {  // nothing to normalise: the statistics that come back are never used
-    torch::stable::zero_(statistics);
-    if (a.training && a.residual) mask = empty_matrix(input, 0, 0, aoti_torch_dtype_uint8());
-  } else {
-    f.input = x.data_ptr(), f.output = output.data_ptr();
-    f.residual = r.defined() ? r.data_ptr() : nullptr;
+  f.type = element_type(input), f.training = a.training, f.count = static_cast<unsigned>(a.count);
+  f.residual = pointer(dense[1]), f.output = results.output.data_ptr();
+  if (!is_empty) {
     f.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
-                     is_aligned({f.input, f.residual, f.output}), device.multiprocessors());
-    if (a.training && a.residual) {
-      mask = empty_matrix(input, f.plan.rows, f.plan.mask_stride(), aoti_torch_dtype_uint8());
-      f.mask = static_cast<uint8_t*>(mask.data_ptr());
-      device.expect_written(mask);
-    }
-    if (a.training) {
-      partials = scratch(input, 2 * f.plan.partials(), a.channels());
-      f.scratch = {partials.data_ptr(), device.zeros(a.channels())};
-    }
-    device.expect_written(output);
-    device.expect_written(statistics);
+                     is_aligned({dense[0].data_ptr(), f.residual, f.output}), device.multiprocessors());
+    device.expect_written(results.output);
   }
-  f.type = element_type(input);
-  f.statistics = static_cast<double*>(statistics.data_ptr());
-  f.weight = channel_vector(a.weight), f.bias = channel_vector(a.bias), f.input_bias = channel_vector(a.input_bias);
-  f.running_mean = channel_vector(a.running_mean), f.running_var = channel_vector(a.running_var);
-  if (a.num_batches_tracked) f.num_batches_tracked = static_cast<int64_t*>(a.num_batches_tracked->data_ptr());
-  f.training = a.training, f.cumulative = !a.momentum, f.momentum = a.momentum.value_or(0), f.eps = a.eps;
+  if (masks) {
+    results.mask = empty_matrix(input, f.plan.rows, f.plan.mask_stride(), aoti_torch_dtype_uint8());
+    f.mask = static_cast<uint8_t*>(results.mask.data_ptr());
+    device.expect_written(results.mask);
+  }
+  for (int i = 0; i < a.count; ++i) {
+    const NormArguments& norm = a.norms[i];
+    NormForward& n = f.norms[i];
+    Tensor& statistics = results.statistics[i];
+    statistics = empty_matrix(input, 2, a.channels(), aoti_torch_dtype_float64());
+    if (is_empty) {  // nothing to normalise: the statistics that come back are never used
+      torch::stable::zero_(statistics);
+    } else {
+      device.expect_written(statistics);
+    }
+    n.input = dense[i].data_ptr(), n.statistics = static_cast<double*>(statistics.data_ptr());
+    n.weight = channel_vector(norm.weight), n.bias = channel_vector(norm.bias);
+    n.input_bias = channel_vector(norm.input_bias);
+    n.running_mean = channel_vector(norm.running_mean), n.running_var = channel_vector(norm.running_var);
+    if (norm.num_batches_tracked) n.num_batches_tracked = static_cast<int64_t*>(norm.num_batches_tracked->data_ptr());
+    n.cumulative = !norm.momentum, n.momentum = norm.momentum.value_or(0), n.eps = norm.eps;
+    if (a.training && !is_empty) {
+      partials[i] = scratch(input, 2 * f.plan.partials(), a.channels());
+      n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
+    }
+  }
   cuda::forward(f, device.stream());
   device.check_written();
-  return {output, statistics, mask};
+  return results;
 }
 
 BackwardResults Cuda::backward(const BackwardArguments& a) {
   a.check();
-  const Tensor& input = a.input;
+  const Tensor& input = a.input();
   const Device device(input);
   const MemoryFormat format = memory_format(input);
-  const BackwardResults grad = empty_gradients(a, format);
-  if (a.count() == 0) {
-    for (Tensor vector : {grad.weight, grad.bias, grad.input_bias}) {
-      if (vector.defined()) torch::stable::zero_(vector);
+  BackwardResults grad(a, format);
+  if (a.values() == 0) {
+    for (const NormGradients& of_norm : grad.norms) {
+      for (Tensor vector : {of_norm.weight, of_norm.bias, of_norm.input_bias}) {
+        if (vector.defined()) torch::stable::zero_(vector);
+      }
     }
     return grad;
   }
-  const Extents extents = extents_of(input, format);
-  const bool bits = a.mask && a.mask->scalar_type() == ScalarType::Byte;
-  if (a.mask && !bits) check_like_input(*a.mask, "mask", input);
-  const Tensor dy = as_format(a.grad_output, format), x = as_format(input, format);
-  const Tensor y = a.mask && !bits ? as_format(*a.mask, format) : Tensor();
-  const auto pointer = [](const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; };
+  const bool bits = a.mask != nullptr && a.mask->scalar_type() == ScalarType::Byte;
+  if (a.mask != nullptr && !bits) check_like_input(*a.mask, "mask", input);
+  const Tensor dy = as_format(a.grad_output, format);
+  const Tensor y = a.mask != nullptr && !bits ? as_format(*a.mask, format) : Tensor();
+  std::array<Tensor, 2> dense, projections, partials;
+  for (int i = 0; i < a.count; ++i) dense[i] = as_format(a.norms[i].input, format);
 
   Backward b{};
-  b.grad_output = dy.data_ptr(), b.input = x.data_ptr(), b.output = pointer(y);
-  b.grad_input = pointer(grad.input), b.grad_residual = pointer(grad.residual);
-  b.plan =
-      plan_of(extents, static_cast<int>(input.element_size()),
-              is_aligned({b.grad_output, b.input, b.output, b.grad_input, b.grad_residual}), device.multiprocessors());
+  b.type = element_type(input), b.training = a.training, b.count = static_cast<unsigned>(a.count);
+  b.grad_output = dy.data_ptr(), b.output = pointer(y), b.grad_residual = pointer(grad.residual);
+  b.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
+                   is_aligned({b.grad_output, b.output, b.grad_residual, pointer(dense[0]), pointer(dense[1]),
+                               pointer(grad.norms[0].input), pointer(grad.norms[1].input)}),
+                   device.multiprocessors());
   if (bits) {
     const int64_t rows = b.plan.rows, bytes = b.plan.mask_stride();
     STD_TORCH_CHECK(on_one_device(*a.mask, input) && a.mask->is_contiguous() && a.mask->numel() == rows * bytes,
                     "mask: expected a contiguous tensor of shape (", rows, ", ", bytes, ") on the input's device");
     b.mask = static_cast<const uint8_t*>(a.mask->data_ptr());
   }
-  b.type = element_type(input);
-  b.statistics = static_cast<const double*>(a.statistics.data_ptr());
-  b.training = a.training;
-  b.weight = channel_vector(a.weight), b.bias = channel_vector(a.bias);
-  b.grad_weight = channel_vector(grad.weight), b.grad_bias = channel_vector(grad.bias);
-  b.grad_input_bias = channel_vector(grad.input_bias);
-  Tensor projection, partials;
-  const bool projects = a.training && a.needed.input;
-  if (projects) {
-    projection = scratch(input, 2, a.channels());
-    b.projection = projection.data_ptr();
+  for (int i = 0; i < a.count; ++i) {
+    const NormBackwardArguments& norm = a.norms[i];
+    const NormGradients& gradients = grad.norms[i];
+    NormBackward& n = b.norms[i];
+    n.input = dense[i].data_ptr(), n.statistics = static_cast<const double*>(norm.statistics.data_ptr());
+    n.weight = channel_vector(norm.weight), n.bias = channel_vector(norm.bias);
+    n.grad_weight = channel_vector(gradients.weight), n.grad_bias = channel_vector(gradients.bias);
+    n.grad_input_bias = channel_vector(gradients.input_bias), n.grad_input = pointer(gradients.input);
+    const bool projects = a.training && norm.needed.input;
+    if (projects) {
+      projections[i] = scratch(input, 2, a.channels());
+      n.projection = projections[i].data_ptr();
+    }
+    if (projects || norm.needed.sums()) {
+      partials[i] = scratch(input, 2 * b.plan.partials(), a.channels());
+      n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
+    }
+    for (const Tensor& tensor : {gradients.input, gradients.weight, gradients.bias, gradients.input_bias}) {
+      if (tensor.defined()) device.expect_written(tensor);
+    }
   }
-  if (projects || a.needed.weight || a.needed.bias || a.needed.input_bias) {
-    partials = scratch(input, 2 * b.plan.partials(), a.channels());
-    b.scratch = {partials.data_ptr(), device.zeros(a.channels())};
-  }
-  for (const Tensor& tensor : {grad.input, grad.residual, grad.weight, grad.bias, grad.input_bias}) {
-    if (tensor.defined()) device.expect_written(tensor);
-  }
+  if (grad.residual.defined()) device.expect_written(grad.residual);
   cuda::backward(b, device.stream());
   device.check_written();
   return grad;

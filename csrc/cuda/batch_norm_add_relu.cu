@@ -1,9 +1,15 @@
-// relu(batch_norm(input) [+ residual]) on a GPU: device code, then launchers.
+// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on a GPU: device code, then launchers.
 //
 // Forward: `statistics` sums, and the last block to arrive at a channel finishes it; `normalize` does the rest.
 // Backward: `gradient_sums`, finished likewise; `input_gradient`. All four walk the matrix that plan.h describes; the
 // second of each pair backwards, as the first one leaves its end in L2. Every sum has one order, so that reruns are
 // bit-equal.
+//
+// Of two batch norms all but `normalize` take one a block, neighbouring blocks the same part of both, so that the
+// second one finds in L2 what they share, the output's gradient and the mask. A thread of `input_gradient` that took
+// both would need eight coefficients a column: 64 of its 80 registers in half types.
+
+#include <algorithm>
 
 #include "kernels.h"
 #include "launch.cuh"
@@ -122,8 +128,9 @@ struct Position {
   int64_t column;  // the thread's first
   bool inside;     // whether it has columns
 
-  __device__ __forceinline__ Position(const Plan& plan, bool reverse) : plan(plan) {
-    const int64_t block = reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  // count: of blocks that take the same part of the matrix.
+  __device__ __forceinline__ Position(const Plan& plan, bool reverse, unsigned count = 1) : plan(plan) {
+    const int64_t block = (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x) / count;
     tile = block % plan.tiles, split = block / plan.tiles;
     tile_begin = tile * plan.tile_columns();
     row_begin = split * plan.split_rows;
@@ -188,6 +195,12 @@ struct Position {
     return Group(lanes, thread);
   }
 };
+
+// The block's, of the one or two batch norms in a Forward or Backward. (A division would spill on sm_120.)
+template <typename P>
+__device__ __forceinline__ const auto& norm_of(const P& parameters) {
+  return parameters.norms[parameters.count == 2 ? blockIdx.x % 2 : 0];
+}
 
 // ---- Sums across blocks ----
 
@@ -295,9 +308,14 @@ __device__ __forceinline__ acc_t<T> origin_of(const Global<const T>& input, cons
   return median - median == 0 ? median : 0;  // an infinite origin would turn infinities into NaNs
 }
 
-// A channel's last group: statistics, and the running ones. Not inlined: float64's kernel would spill on sm_120.
-__device__ __attribute__((noinline)) void finish_statistics(const Forward& f, int64_t c, double mean, double m2) {
-  const Plan& plan = f.plan;
+// A channel's last group: statistics, and the running ones. Not inlined: statistics<double> would spill on sm_120.
+template <typename T>
+__device__ __attribute__((noinline)) void finish_statistics(const Forward& forward, int64_t c, acc_t<T> from_origin,
+                                                            double m2) {
+  const Plan& plan = forward.plan;
+  const NormForward& f = norm_of(forward);
+  const Global<const T> input(static_cast<const T*>(f.input), plan.rows * plan.columns);
+  const double mean = static_cast<double>(origin_of(input, plan, c)) + static_cast<double>(from_origin);
   const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
   m2 = m2 < 0 ? 0 : m2;  // by rounding; NaN stays
   const Global<double> statistics(f.statistics, 2 * plan.channels);
@@ -314,13 +332,19 @@ __device__ __attribute__((noinline)) void finish_statistics(const Forward& f, in
   update(f.running_var, m2 / (n - 1));
 }
 
+__device__ __forceinline__ void count_batch(int64_t* num_batches_tracked) {
+  const Global<int64_t> counter(num_batches_tracked, 1);
+  if (counter) counter.store(0, counter.load(0) + 1);
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     statistics(const __grid_constant__ Forward f) {
   using A = acc_t<T>;
   const Plan& plan = f.plan;
-  const Position<kWidth> position(plan, false);
-  const Global<const T> input(static_cast<const T*>(f.input), plan.rows * plan.columns);
+  const NormForward& norm = norm_of(f);
+  const Position<kWidth> position(plan, false, f.count);
+  const Global<const T> input(static_cast<const T*>(norm.input), plan.rows * plan.columns);
 
   __shared__ Shared<A, kMaxTileX * kWidth> origins;
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
@@ -363,7 +387,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   __syncthreads();
 
   const Group group = position.group();
-  const Partials<A> partials(plan, f.scratch);
+  const Partials<A> partials(plan, norm.scratch);
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
@@ -382,28 +406,25 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
         group, parts.count, static_cast<A>(plan.rows) * static_cast<A>(plan.inner),
         [&](int64_t i) { return static_cast<A>(parts.values(i)); },
         [&](int64_t i) { return Moments<A>{partials.load(0, i, c), partials.load(1, i, c)}; });
-    if (group.lane != 0) return;
-    const double mean_of_channel =
-        static_cast<double>(origin_of(input, plan, c)) + static_cast<double>(of_channel.mean);
-    finish_statistics(f, c, mean_of_channel, static_cast<double>(of_channel.m2));
+    if (group.lane == 0) finish_statistics<T>(f, c, of_channel.mean, static_cast<double>(of_channel.m2));
   });
 }
 
 // Coefficients of a channel, and in eval its statistics, which nobody else has written.
 template <typename T, int kWidth>
-__device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const Forward& f,
+__device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const NormForward& f, bool training,
                                                                        const Position<kWidth>& position, int64_t c) {
   using A = acc_t<T>;
-  const int64_t channels = f.plan.channels;
+  const int64_t channels = position.plan.channels;
   const Global<double> statistics(f.statistics, 2 * channels);
   double mean, invstd;
-  if (f.training) {
+  if (training) {
     mean = statistics.load(c), invstd = statistics.load(channels + c);
   } else {
     mean = load(f.running_mean, channels, c, 0) - load(f.input_bias, channels, c, 0);
     const A variance = static_cast<A>(load(f.running_var, channels, c, 1));
     invstd = static_cast<double>(1 / sqrt(variance + static_cast<A>(f.eps)));
-    if (position.split == 0 && c * f.plan.inner >= position.tile_begin) {
+    if (position.split == 0 && c * position.plan.inner >= position.tile_begin) {
       statistics.store(c, mean);
       statistics.store(channels + c, invstd);
     }
@@ -411,34 +432,43 @@ __device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const For
   return {mean, invstd, load(f.weight, channels, c, 1), load(f.bias, channels, c, 0)};
 }
 
-template <typename T, int kWidth, bool kResidual>
+enum class Residual { none, as_it_is, normalized };
+
+template <typename T, int kWidth, Residual kResidual>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     normalize(const __grid_constant__ Forward f) {
   using A = acc_t<T>;
   const Plan& plan = f.plan;
   const Position<kWidth> position(plan, f.training);
-  if (f.training && f.num_batches_tracked != nullptr && blockIdx.x == 0 && position.thread == 0) {
-    const Global<int64_t> counter(f.num_batches_tracked, 1);
-    counter.store(0, counter.load(0) + 1);
+  if (f.training && blockIdx.x == 0 && position.thread == 0) {
+    for (const NormForward& norm : f.norms) count_batch(norm.num_batches_tracked);
   }
 
-  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts;
+  constexpr int kNorms = kResidual == Residual::normalized ? 2 : 1;
+  __shared__ Shared<A, kMaxTileX * kWidth> means[kNorms], scales[kNorms], shifts;
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    const auto coefficients = forward_coefficients<T>(f, position, position.first_channel + c);
-    means.store(c, coefficients.mean);
-    scales.store(c, coefficients.scale);
-    shifts.store(c, coefficients.shift);
+    A sum_of_shifts = 0;
+#pragma unroll 1  // unrolled, it would spill on sm_120
+    for (int i = 0; i < kNorms; ++i) {
+      const auto coefficients = forward_coefficients<T>(f.norms[i], f.training, position, position.first_channel + c);
+      means[i].store(c, coefficients.mean);
+      scales[i].store(c, coefficients.scale);
+      sum_of_shifts += coefficients.shift;
+    }
+    shifts.store(c, sum_of_shifts);
   }
   __syncthreads();
-  A mean[kWidth], scale[kWidth], shift[kWidth];
+  A mean[kNorms][kWidth], scale[kNorms][kWidth], shift[kWidth];
   if (position.inside) {
     position.for_each_column([&](int k, int channel) {
-      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
+#pragma unroll
+      for (int i = 0; i < kNorms; ++i) mean[i][k] = means[i].load(channel), scale[i][k] = scales[i].load(channel);
+      shift[k] = shifts.load(channel);
     });
   }
 
   const int64_t size = plan.rows * plan.columns;
-  const Global<const T> input(static_cast<const T*>(f.input), size);
+  const Global<const T> input(static_cast<const T*>(f.norms[0].input), size);
   const Global<const T> residual(static_cast<const T*>(f.residual), size);
   const Global<T> output(static_cast<T*>(f.output), size);
   const Global<uint8_t> mask(f.mask, plan.rows * plan.mask_stride());
@@ -449,17 +479,20 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       const int64_t at = row * plan.columns + position.column;
       const auto x = input.template load_vector<kWidth>(at);
       Vector<T, kWidth> r, y;
-      if (kResidual) r = residual.template load_vector<kWidth>(at);
+      if (kResidual != Residual::none) r = residual.template load_vector<kWidth>(at);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        A value = normalized(widen(x[k]) - mean[k], scale[k], shift[k]);
-        if (kResidual) value += widen(r[k]);
+        A value = normalized(widen(x[k]) - mean[0][k], scale[0][k], shift[k]);
+        if constexpr (kResidual == Residual::as_it_is) value += widen(r[k]);
+        if constexpr (kResidual == Residual::normalized) {
+          value = normalized(widen(r[k]) - mean[1][k], scale[1][k], value);
+        }
         y[k] = narrow<T>(0 > value ? 0 : value);  // NaN passes
         passed |= static_cast<unsigned>(!(widen(y[k]) <= 0)) << k;
       }
       output.template store_vector<kWidth>(at, y);
     }
-    if (!kResidual || !mask) return;
+    if (kResidual == Residual::none || !mask) return;
     // A byte of the mask is 8 columns, those of 8 / kWidth adjacent lanes.
     if constexpr (kWidth < 8) {
 #pragma unroll
@@ -473,10 +506,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   });
 }
 
-// A kernel without a batch: there is nothing to normalise, but the batch counts.
-__global__ void count_batch(int64_t* num_batches_tracked) {
-  const Global<int64_t> counter(num_batches_tracked, 1);
-  counter.store(0, counter.load(0) + 1);
+// Without a batch there is nothing to normalise, but the batch counts.
+__global__ void count_batches(const __grid_constant__ Forward f) {
+  for (const NormForward& norm : f.norms) count_batch(norm.num_batches_tracked);
 }
 
 // ---- Backward ----
@@ -492,10 +524,10 @@ struct Gradient {
   Global<const T> grad_output, input, output;
   Global<const uint8_t> mask;
 
-  __device__ __forceinline__ explicit Gradient(const Backward& b)
+  __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm)
       : plan(b.plan),
         grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
-        input(static_cast<const T*>(b.input), b.plan.rows * b.plan.columns),
+        input(static_cast<const T*>(norm.input), b.plan.rows * b.plan.columns),
         output(static_cast<const T*>(b.output), b.plan.rows * b.plan.columns),
         mask(b.mask, b.plan.rows * b.plan.mask_stride()) {}
 
@@ -528,8 +560,7 @@ struct Gradient {
 };
 
 template <typename A>
-__device__ __forceinline__ Coefficients<A> backward_coefficients(const Backward& b, int64_t c) {
-  const int64_t channels = b.plan.channels;
+__device__ __forceinline__ Coefficients<A> backward_coefficients(const NormBackward& b, int64_t channels, int64_t c) {
   const Global<const double> statistics(b.statistics, 2 * channels);
   return {statistics.load(c), statistics.load(channels + c), load(b.weight, channels, c, 1),
           load(b.bias, channels, c, 0)};
@@ -537,18 +568,18 @@ __device__ __forceinline__ Coefficients<A> backward_coefficients(const Backward&
 
 // A channel's last group: the gradients of the vectors, and what batch statistics take from the input's.
 template <typename A>
-__device__ __forceinline__ void finish_gradients(const Backward& b, int64_t c, double sum, double dot) {
-  const Plan& plan = b.plan;
+__device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBackward& b, bool training, int64_t c,
+                                                 double sum, double dot) {
   const Global<const double> statistics(b.statistics, 2 * plan.channels);
   const double mean = statistics.load(c), invstd = statistics.load(plan.channels + c);
-  const Coefficients<A> coefficients = backward_coefficients<A>(b, c);
+  const Coefficients<A> coefficients = backward_coefficients<A>(b, plan.channels, c);
   const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
   const double dropped = mean - static_cast<double>(coefficients.mean);  // by its rounding, see Coefficients
   dot -= dropped * sum;
   store(b.grad_bias, plan.channels, c, sum);
   store(b.grad_weight, plan.channels, c, dot * invstd);
   // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
-  store(b.grad_input_bias, plan.channels, c, b.training ? 0 : sum * static_cast<double>(coefficients.scale));
+  store(b.grad_input_bias, plan.channels, c, training ? 0 : sum * static_cast<double>(coefficients.scale));
   if (b.projection == nullptr) return;
   const double slope = dot * invstd * invstd / n;
   const Global<A> projection(static_cast<A*>(b.projection), 2 * plan.channels);
@@ -561,11 +592,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     gradient_sums(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
   const Plan& plan = b.plan;
-  const Position<kWidth> position(plan, false);
+  const NormBackward& norm = norm_of(b);
+  const Position<kWidth> position(plan, false, b.count);
 
   __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts;
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    const auto coefficients = backward_coefficients<A>(b, position.first_channel + c);
+    const auto coefficients = backward_coefficients<A>(norm, plan.channels, position.first_channel + c);
     means.store(c, coefficients.mean);
     scales.store(c, coefficients.scale);
     shifts.store(c, coefficients.shift);
@@ -578,7 +610,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     position.for_each_column([&](int k, int channel) {
       mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
     });
-    const Gradient<T, kWidth, kMask> gradient(b);
+    const Gradient<T, kWidth, kMask> gradient(b, norm);
 #pragma unroll(kWidth < 8 ? 2 : 1)
     for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
       gradient.for_each(row, position.column, true, mean, scale, shift, [&](int k, T masked, A centered) {
@@ -600,7 +632,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   __syncthreads();
 
   const Group group = position.group();
-  const Partials<A> partials(plan, b.scratch);
+  const Partials<A> partials(plan, norm.scratch);
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
@@ -622,7 +654,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     }
     channel_sum = group.sum(channel_sum), channel_dot = group.sum(channel_dot);
     if (group.lane == 0) {
-      finish_gradients<A>(b, c, static_cast<double>(channel_sum), static_cast<double>(channel_dot));
+      finish_gradients<A>(plan, norm, b.training, c, static_cast<double>(channel_sum),
+                          static_cast<double>(channel_dot));
     }
   });
 }
@@ -632,14 +665,15 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     input_gradient(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
   const Plan& plan = b.plan;
-  const Position<kWidth> position(plan, true);
+  const NormBackward& norm = norm_of(b);
+  const Position<kWidth> position(plan, true, b.count);
 
   __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts, offsets, slopes;
-  const bool projects = b.projection != nullptr;
-  const Global<const A> projection(static_cast<const A*>(b.projection), 2 * plan.channels);
+  const bool projects = norm.projection != nullptr;
+  const Global<const A> projection(static_cast<const A*>(norm.projection), 2 * plan.channels);
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
     const int64_t channel = position.first_channel + c;
-    const auto coefficients = backward_coefficients<A>(b, channel);
+    const auto coefficients = backward_coefficients<A>(norm, plan.channels, channel);
     means.store(c, coefficients.mean);
     scales.store(c, coefficients.scale);
     shifts.store(c, coefficients.shift);
@@ -656,8 +690,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   }
 
   const int64_t size = plan.rows * plan.columns;
-  const Gradient<T, kWidth, kMask> gradient(b);
-  const Global<T> grad_input(static_cast<T*>(b.grad_input), size),
+  const Gradient<T, kWidth, kMask> gradient(b, norm);
+  const Global<T> grad_input(static_cast<T*>(norm.grad_input), size),
       grad_residual(static_cast<T*>(b.grad_residual), size);
   position.template for_each_row<true>([&](int64_t row) {
     if (!position.inside || row >= position.row_end) return;
@@ -693,16 +727,25 @@ dim3 block_of(const Plan& plan) {
   return dim3(static_cast<unsigned>(plan.threads_x), static_cast<unsigned>(plan.threads_y));
 }
 
+// With those of its batch norms only that are needed.
+template <typename F>
+Backward filtered(const Backward& b, F is_needed) {
+  Backward result = b;
+  result.count =
+      static_cast<unsigned>(std::copy_if(b.norms, b.norms + b.count, result.norms, is_needed) - result.norms);
+  return result;
+}
+
 template <Mask kMask>
 void backward_with(const Backward& b, cudaStream_t stream) {
-  const bool sums = b.projection != nullptr || b.grad_weight.data != nullptr || b.grad_bias.data != nullptr ||
-                    b.grad_input_bias.data != nullptr;
+  const Backward sums = filtered(b, [](const NormBackward& norm) { return norm.scratch.partials != nullptr; });
+  const Backward gradients =
+      filtered(b, [&](const NormBackward& norm) { return norm.grad_input != nullptr || b.grad_residual != nullptr; });
   with_type_and_width(b.type, b.plan.width, [&](auto element, auto width) {
     using T = decltype(element);
-    if (sums) launch(gradient_sums<T, width.value, kMask>, b.plan.blocks(), block_of(b.plan), stream, b);
-    if (b.grad_input != nullptr || b.grad_residual != nullptr) {
-      launch(input_gradient<T, width.value, kMask>, b.plan.blocks(), block_of(b.plan), stream, b);
-    }
+    launch(gradient_sums<T, width.value, kMask>, sums.count * b.plan.blocks(), block_of(b.plan), stream, sums);
+    launch(input_gradient<T, width.value, kMask>, gradients.count * b.plan.blocks(), block_of(b.plan), stream,
+           gradients);
   });
 }
 
@@ -710,13 +753,15 @@ void backward_with(const Backward& b, cudaStream_t stream) {
 
 void forward(const Forward& f, cudaStream_t stream) {
   if (f.plan.rows == 0 || f.plan.columns == 0) {
-    if (f.training && f.num_batches_tracked != nullptr) launch(count_batch, 1, dim3(1), stream, f.num_batches_tracked);
+    if (f.training) launch(count_batches, 1, dim3(1), stream, f);
     return;
   }
   with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
     using T = decltype(element);
-    if (f.training) launch(statistics<T, width.value>, f.plan.blocks(), block_of(f.plan), stream, f);
-    const auto second = f.residual != nullptr ? normalize<T, width.value, true> : normalize<T, width.value, false>;
+    if (f.training) launch(statistics<T, width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
+    const auto second = f.residual == nullptr ? normalize<T, width.value, Residual::none>
+                        : f.count == 1        ? normalize<T, width.value, Residual::as_it_is>
+                                              : normalize<T, width.value, Residual::normalized>;
     launch(second, f.plan.blocks(), block_of(f.plan), stream, f);
   });
 }

@@ -25,32 +25,48 @@ struct Scratch {
   unsigned* arrived;  // (C,), zeros: blocks that have handed over their partial sums. Left as it was found.
 };
 
-struct Forward {
-  Plan plan;
-  ElementType type;
-  const void *input, *residual;  // residual: nullptr for none
-  void* output;
-  uint8_t* mask;       // [rows, plan.mask_stride()], or nullptr where there is no residual or no training
+// One batch norm of a forward.
+struct NormForward {
+  const void* input;
   double* statistics;  // [2, C]: mean and invstd
   ChannelVector weight, bias, input_bias, running_mean, running_var;
   int64_t* num_batches_tracked;  // or nullptr
-  bool training, cumulative;     // cumulative: momentum is 1 / num_batches_tracked
+  bool cumulative;               // momentum is 1 / num_batches_tracked
   double momentum, eps;
   Scratch scratch;  // in training
+};
+
+struct Forward {
+  Plan plan;
+  ElementType type;
+  bool training;
+  unsigned count;  // of batch norms: the second is the residual's
+  NormForward norms[2];
+  const void* residual;  // nullptr for none
+  void* output;
+  uint8_t* mask;  // [rows, plan.mask_stride()], or nullptr where there is no residual or no training
+};
+
+// One batch norm of a backward.
+struct NormBackward {
+  const void* input;
+  const double* statistics;
+  ChannelVector weight, bias, grad_weight, grad_bias, grad_input_bias;
+  void* grad_input;  // nullptr where not needed
+  void* projection;  // [2, C], where batch statistics are differentiated
+  Scratch scratch;   // where anything is summed, else nullptrs
 };
 
 struct Backward {
   Plan plan;
   ElementType type;
-  const void *grad_output, *input;
+  bool training;
+  unsigned count;
+  NormBackward norms[2];
+  const void* grad_output;
   const uint8_t* mask;  // or nullptr
   const void* output;   // or nullptr; with neither, the mask is recomputed from input
-  const double* statistics;
-  bool training;
-  ChannelVector weight, bias, grad_weight, grad_bias, grad_input_bias;
-  void *grad_input, *grad_residual;  // nullptr where not needed
-  void* projection;                  // [2, C], where batch statistics are differentiated
-  Scratch scratch;                   // where anything is summed
+  void* grad_residual;  // of one that was added as it is; nullptr where not needed
 };
 
 // Launches on the current device. In training two kernels, in eval one.

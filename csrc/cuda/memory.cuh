@@ -50,6 +50,7 @@ class Global {
   }
   template <int n>
   __device__ __forceinline__ void store_vector(int64_t i, const Vector<Value, n>& values) const {
+    __builtin_assume(__isGlobal(elements_));  // else sm_120 takes a generic store where a branch picks the pointer
     *reinterpret_cast<Vector<T, n>*>(elements_ + i) = values;
   }
 
