@@ -35,6 +35,8 @@ PLAN = "csrc/cpu/plan.h"
 CUDA = "csrc/cuda/batch_norm_add_relu.cu"
 CUDA_PLAN = "csrc/cuda/plan.h"
 REDUCE = "csrc/cuda/reduce.cuh"
+TRITON = "resnet_fused/triton_kernels/kernels.py"
+TRITON_GLUE = "resnet_fused/triton_kernels/batch_norm_add_relu.py"
 AUTOGRAD = "resnet_fused/autograd.py"
 BLOCKS = "resnet_fused/blocks.py"
 
@@ -75,11 +77,11 @@ FAULTS = [
     Fault("chunks' means not joined", GLUE, "next_m2 + delta * delta * weight", "next_m2"),
     Fault("rounded mean in forward", GLUE, "bias - dropped * scaled", "bias", "edges"),
     Fault("rounded mean in backward", GLUE, "dots[c] - dropped * sums[c]", "dots[c]", "edges"),
-    Fault("frozen statistics treated as the batch's", GLUE, "training ? coefficients.backward() : coefficients.forward()", "coefficients.backward()"),
+    Fault("frozen statistics treated as the batch's", GLUE, "a.training ? coefficients.backward() : coefficients.forward()", "coefficients.backward()"),
     Fault("ambiguous layout", ARGUMENTS, "tensor.is_contiguous() || !has_channels_last_strides(tensor)", "!has_channels_last_strides(tensor)", "edges"),
     Fault("weight left out of the scale", GLUE, "rounded(invstds[c] * scale()[c], type_)", "rounded(invstds[c], type_)"),
     Fault("eps added to the deviation", GLUE, "1 / std::sqrt(variances[c] + a.eps)", "1 / (std::sqrt(variances[c]) + a.eps)"),
-    Fault("gradient for a bias that statistics cancel", GLUE, "training ? 0 : sums[c] *", "sums[c] *"),
+    Fault("gradient for a bias that statistics cancel", GLUE, "a.training ? 0 : sums[c] *", "sums[c] *"),
     Fault("dropped bias's gradient unscaled", GLUE, "sums[c] * coefficients.scale()[c]", "sums[c]"),
     Fault("barrier before the reduction dropped", CUDA, "__syncthreads();\n\n  const Group group = position.group();\n  const Partials<A> partials(plan, f.scratch);", "const Group group = position.group();\n  const Partials<A> partials(plan, f.scratch);", "cuda_traffic"),
     Fault("barrier after the coefficients dropped", CUDA, "__syncthreads();\n  A mean[kWidth], scale[kWidth], shift[kWidth];\n", "A mean[kWidth], scale[kWidth], shift[kWidth];\n", "cuda_traffic"),
@@ -104,6 +106,28 @@ FAULTS = [
     Fault("CUDA: frozen statistics projected", "csrc/cuda/batch_norm_add_relu.cpp", "const bool projects = a.training && a.needed.input;", "const bool projects = a.needed.input;", "ops"),
     Fault("unaligned tensors in vectors", CUDA_PLAN, "if (!aligned || base", "if (base", "cuda_traffic"),
     Fault("group's mask of the whole warp", REDUCE, "(1u << lanes) - 1", "0xffffffffu", "cuda_traffic"),
+    Fault("Triton: mask not of y as stored", TRITON, "_passes(y.to(matrix.ACC), 0)", "_passes(value, 0)", "edges"),
+    Fault("Triton: recomputed mask not of y as stored", TRITON, "tail.VANISHING)", "0)", "edges"),
+    Fault("Triton: mask's bits the wrong way round", TRITON, "bits << tl.arange(0, 8)", "bits << 7 - tl.arange(0, 8)", "gradients"),
+    Fault("Triton: mask's bits beyond the columns", TRITON, "_passes(y.to(matrix.ACC), 0) & valid", "_passes(y.to(matrix.ACC), 0) | ~valid", "gradients"),
+    Fault("Triton: rows past the end summed", TRITON, "total = tl.where(left[:, None], new_total, total)", "total = new_total"),
+    Fault("Triton: columns past the end stored", TRITON, "tl.store(output + at, y, mask=valid)", "tl.store(output + at, y, mask=(row < row_end)[:, None])"),
+    Fault("Triton: stale partial sums", TRITON, "* matrix.splits + split\n", "* matrix.splits\n"),
+    Fault("Triton: last split as long as the others", TRITON, "columns * tl.minimum(matrix.rows - row, matrix.split_rows)", "columns * matrix.split_rows"),
+    Fault("Triton: only the first partial sums", TRITON, "total += _load_parts(matrix, partials, 0, channel, part, parts)", "total = _load_parts(matrix, partials, 0, channel, part, parts)", "triton_traffic"),
+    Fault("Triton: NaN in all channels of a tile", TRITON, "return tl.sum(tl.where(of_channel, values[None, :], 0), axis=1)", "return tl.sum(of_channel * values[None, :], axis=1)", "edges"),
+    Fault("Triton: origin left out", TRITON, "_welford(x - origin, 1 / count, mean", "_welford(x, 1 / count, mean", "edges"),
+    Fault("Triton: infinite origin", TRITON, "tl.where(median - median == 0, median, 0)", "median", "edges"),
+    Fault("Triton: rounded mean in forward", TRITON, "tl.fma(-dropped, scale.to(tl.float64), bias)", "bias", "edges"),
+    Fault("Triton: rounded mean in backward", TRITON, "tl.sum(dot, axis=0) - dropped * grad", "tl.sum(dot, axis=0)", "edges"),
+    Fault("Triton: every program counts the batch", TRITON, "if tl.program_id(0) == 0:", "if tl.program_id(0) >= 0:"),
+    Fault("Triton: cumulative average before the count", TRITON, "(tl.load(num_batches_tracked) + 1).to(tl.float64)", "tl.load(num_batches_tracked).to(tl.float64)"),
+    Fault("Triton: eval's statistics unwritten", TRITON, "if split == 0:", "if split == 1:"),
+    Fault("Triton: sign of the projection", TRITON, "tl.fma(-centered, slope, grad - offset)", "tl.fma(centered, slope, grad - offset)"),
+    Fault("Triton: frozen statistics projected", TRITON_GLUE, "if training and need_input else None", "if need_input else None"),
+    Fault("Triton: strided statistics not written back", TRITON_GLUE, "vector.copy_(written)", "pass", "edges"),
+    Fault("Triton: offsets of 32 bits", TRITON, "row[:, None] * _columns(matrix) + column", "row[:, None].to(tl.int32) * _columns(matrix) + column", "triton_static"),
+    Fault("Triton: narrow accesses", "resnet_fused/triton_kernels/plan.py", "width = 16 // element_size", "width = 1", "triton_static"),
     Fault("double backward takes statistics as constants", AUTOGRAD, "correction=0)\n", "correction=0)\n        mean = mean.detach()\n", "gradients"),
     Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()", "gradients"),
     Fault("refusal not explained", AUTOGRAD, "            cls.check(*args)\n            raise", "            raise", "edges"),
@@ -111,7 +135,6 @@ FAULTS = [
     Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
     Fault("one value per channel", ARGUMENTS, "training ? count() != 1 :", "training ? true :", "edges"),
     Fault("half vectors for float32", ARGUMENTS, "(half && type == ScalarType::Float)", "(!half || type == ScalarType::Float)", "edges"),
-    Fault("other devices", ARGUMENTS, "on_one_device(*vector, input) && vector->dim()", "vector->dim()", "edges"),
     Fault("untracked batch norm counts", BLOCKS, "bn.num_batches_tracked if tracks else None", "bn.num_batches_tracked", "blocks"),
     Fault("untracked batch norm updates", BLOCKS, "uses_running = not bn.training or bn.track_running_stats", "uses_running = True", "blocks"),
     Fault("conv3's bias lost", BLOCKS, 'arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)', "", "blocks"),
@@ -119,8 +142,8 @@ FAULTS = [
     Fault("subclass bypassed", BLOCKS, "type(layer) is layer_class", "isinstance(layer, layer_class)", "blocks"),
     Fault("fuse ignores the forward", "resnet_fused/convert.py", "or _reason_of_forward(module)", "", "convert"),
     Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
-    Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "cuda_build"),
-    Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "cuda_build"),
+    Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "build"),
+    Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "build"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip
@@ -138,14 +161,20 @@ def _build(copy):
         sys.exit(f"the copy does not build:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def _first_failure(copy, tests="tests", *options):
-    """The name of a test that fails in the copy, or None."""
+def _first_failure(copy, tests, *options, interpreted=False):
+    """The name of a test that fails in the copy, or None. ``interpreted``: of those of the interpreted backend triton."""
     options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
-    done = _run([sys.executable, "-m", "pytest", *options, tests], copy)
+    environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    options += ["-k", "triton"] if interpreted else []
+    done = _run([sys.executable, "-m", "pytest", *options, tests], copy, **environment)
     if done.returncode == 0:
         return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or "crashed" in line]
     return failed[0][:150] if failed else f"pytest exited with {done.returncode}"
+
+
+def _first_failure_of_suite(copy):
+    return _first_failure(copy, "tests", "-n", "2") or _first_failure(copy, "tests", "-n", "2", interpreted=True)
 
 
 def _failure_caused_by(fault, copy):
@@ -157,8 +186,9 @@ def _failure_caused_by(fault, copy):
     try:
         file.write_text(original.replace(fault.find, fault.replace))
         _build(copy)
-        first = f"tests/test_{fault.noticed_by}.py"
-        return _first_failure(copy, first) or _first_failure(copy, "tests", "-n", "2")
+        interpreted = fault.file.startswith("resnet_fused/triton_kernels/") and fault.noticed_by != "triton_static"
+        first = _first_failure(copy, f"tests/test_{fault.noticed_by}.py", interpreted=interpreted)
+        return first or _first_failure_of_suite(copy)
     finally:
         file.write_text(original)
 
@@ -175,7 +205,7 @@ def main():
         copy = Path(folder) / "resnet_fused"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "results"))
         _build(copy)
-        if failure := _first_failure(copy, "tests", "-n", "2"):
+        if failure := _first_failure_of_suite(copy):
             sys.exit(f"the suite fails without a fault: {failure}")
         for fault in tqdm(faults, unit="fault"):
             start = time.monotonic()
