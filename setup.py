@@ -1,6 +1,7 @@
 """Builds the C++ extension and, where nvcc is found and torch is a CUDA build, the CUDA one, GPU or no GPU.
 
-FORCE_CUDA=1 demands the CUDA extension, FORCE_CUDA=0 leaves it out. Everything else is in pyproject.toml.
+FORCE_CUDA=1 demands the CUDA extension, FORCE_CUDA=0 leaves it out. RESNET_FUSED_NO_EXTENSION=1 builds nothing: Triton
+and eager work without. Everything else is in pyproject.toml.
 """
 
 import os
@@ -15,6 +16,7 @@ from setuptools import setup
 
 MINIMUM_TORCH = "2.10"  # also the stable ABI that the extensions are built for: see TORCH_TARGET_VERSION
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
+NO_EXTENSION = os.environ.get("RESNET_FUSED_NO_EXTENSION", "")
 
 
 def output_of(*command: str) -> str:
@@ -35,38 +37,36 @@ def find_nvcc() -> str | None:
     return shutil.which(os.path.join(home, "bin", "nvcc"))
 
 
-if FORCE_CUDA not in ("", "0", "1"):
-    sys.exit(f"resnet_fused: FORCE_CUDA: expected 0, 1 or nothing, got {FORCE_CUDA!r}.")
-nvcc = None if FORCE_CUDA == "0" else find_nvcc()  # before the import, at which torch reads CUDA_HOME
-
-try:
-    import torch
-    from packaging.version import Version
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler
-except ImportError as error:
-    sys.exit(
-        f"resnet_fused: the build needs torch>={MINIMUM_TORCH} and packaging ({error}). Run `pip install .` without "
-        "--no-build-isolation, or first `pip install torch packaging ninja pybind11 setuptools`."
-    )
-
-if Version(torch.__version__).release < Version(MINIMUM_TORCH).release:
-    sys.exit(
-        f"resnet_fused: the build needs torch>={MINIMUM_TORCH}, found {torch.__version__}. "
-        "Run `pip install --upgrade torch`."
-    )
-
-compiler = shlex.split(get_cxx_compiler())[0]
-if not shutil.which(compiler):
-    sys.exit(
-        f"resnet_fused: no C++ compiler ({compiler} is not on PATH). Install one (Debian, Ubuntu: `apt-get install g++ "
-        "python3-dev`) or set CXX."
-    )
+def check_tools() -> None:
+    """Exit where torch, or a compiler, is missing or too old."""
+    try:
+        import torch
+        from packaging.version import Version
+        from torch.utils.cpp_extension import get_cxx_compiler
+    except ImportError as error:
+        sys.exit(
+            f"resnet_fused: the build needs torch>={MINIMUM_TORCH} and packaging ({error}). Run `pip install .` "
+            "without --no-build-isolation, or first `pip install torch packaging ninja pybind11 setuptools`."
+        )
+    if Version(torch.__version__).release < Version(MINIMUM_TORCH).release:
+        sys.exit(
+            f"resnet_fused: the build needs torch>={MINIMUM_TORCH}, found {torch.__version__}. "
+            "Run `pip install --upgrade torch`."
+        )
+    compiler = shlex.split(get_cxx_compiler())[0]
+    if not shutil.which(compiler):
+        sys.exit(
+            f"resnet_fused: no C++ compiler ({compiler} is not on PATH). Install one (Debian, Ubuntu: `apt-get install "
+            "g++ python3-dev`) or set CXX; or RESNET_FUSED_NO_EXTENSION=1, for Triton on GPUs and nothing to compile."
+        )
 
 
-def builds_cuda() -> bool:
+def builds_cuda(nvcc: str | None) -> bool:
     """Whether to build the CUDA extension; exits where FORCE_CUDA=1 asks for what is missing, or toolkits differ."""
     if FORCE_CUDA == "0":
         return False
+    import torch
+
     missing = None
     if torch.version.cuda is None:
         missing = f"torch {torch.__version__} is built without CUDA: install a CUDA build of it first"
@@ -91,7 +91,7 @@ def builds_cuda() -> bool:
     return True
 
 
-def cuda_architectures() -> str:
+def cuda_architectures(nvcc: str) -> str:
     """Of those that nvcc knows, one a generation, as it serves all of it; PTX for those in between and to come."""
     wanted = {"75": "7.5", "80": "8.0", "90": "9.0+PTX", "100": "10.0", "120": "12.0"}
     known = re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch"))
@@ -107,58 +107,69 @@ def max_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, gibibytes))
 
 
-class Build(BuildExtension):
-    def build_extensions(self):
-        def object_filenames(sources, strip_dir=False, output_dir=""):
-            # By default a .cpp and a .cu of one name share one object file, and one of them is lost.
-            return [os.path.join(output_dir, f"{source}.o") for source in sources]
-
-        self.compiler.object_filenames = object_filenames
-        super().build_extensions()
-
-
 def files(*patterns: str) -> list[str]:
     return sorted(str(path) for pattern in patterns for path in Path("csrc").glob(pattern))
 
 
-os.environ.setdefault("MAX_JOBS", str(max_jobs()))
-major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
-target = ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")
-flags = ["-std=c++17", "-O3"]
-extensions = [
-    CppExtension(
-        "resnet_fused._C",
-        files("*.cpp", "cpu/*.cpp"),
-        depends=files("**/*.*"),  # a source distribution holds them, CUDA's too, wherever it was made
-        define_macros=[target],
-        extra_compile_args=[
-            *flags,
-            "-fvisibility=hidden",
-            "-fopenmp-simd",
-            # The order of operations is part of the interface (csrc/cpu/kernels_impl.h).
-            "-ffp-contract=off",
-            # No float exceptions are read, and errno neither: lets selects and square roots vectorise.
-            "-fno-trapping-math",
-            "-fno-math-errno",
-        ],
-    )
-]
-if builds_cuda():
-    # Without a list torch asks the GPU of this machine, and fails where there is none.
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures()
-    os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    extensions.append(
-        CUDAExtension(
-            "resnet_fused._CUDA",
-            files("cuda/*.cpp", "cuda/*.cu"),
-            depends=files("*.h", "cuda/*.*"),
-            # USE_CUDA: for the current stream, in the stable ABI's headers.
-            define_macros=[target, ("USE_CUDA", None), ("RESNET_FUSED_CUDA_ARCHITECTURES", f'"{architectures}"')],
-            extra_compile_args={
-                "cxx": [*flags, "-fvisibility=hidden"],
-                "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden", "--threads", os.environ["MAX_JOBS"]],
-            },
-        )
-    )
+def build() -> tuple[list, dict]:
+    """The extensions, and the command that builds them."""
+    nvcc = None if FORCE_CUDA == "0" else find_nvcc()  # before the import, at which torch reads CUDA_HOME
+    check_tools()
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-setup(ext_modules=extensions, cmdclass={"build_ext": Build})
+    class Build(BuildExtension):
+        def build_extensions(self):
+            def object_filenames(sources, strip_dir=False, output_dir=""):
+                # By default a .cpp and a .cu of one name share one object file, and one of them is lost.
+                return [os.path.join(output_dir, f"{source}.o") for source in sources]
+
+            self.compiler.object_filenames = object_filenames
+            super().build_extensions()
+
+    os.environ.setdefault("MAX_JOBS", str(max_jobs()))
+    major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
+    target = ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")
+    flags = ["-std=c++17", "-O3"]
+    extensions = [
+        CppExtension(
+            "resnet_fused._C",
+            files("*.cpp", "cpu/*.cpp"),
+            depends=files("**/*.*"),  # a source distribution holds them, CUDA's too, wherever it was made
+            define_macros=[target],
+            extra_compile_args=[
+                *flags,
+                "-fvisibility=hidden",
+                "-fopenmp-simd",
+                # The order of operations is part of the interface (csrc/cpu/kernels_impl.h).
+                "-ffp-contract=off",
+                # No float exceptions are read, and errno neither: lets selects and square roots vectorise.
+                "-fno-trapping-math",
+                "-fno-math-errno",
+            ],
+        )
+    ]
+    if builds_cuda(nvcc):
+        # Without a list torch asks the GPU of this machine, and fails where there is none.
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or cuda_architectures(nvcc)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
+        extensions.append(
+            CUDAExtension(
+                "resnet_fused._CUDA",
+                files("cuda/*.cpp", "cuda/*.cu"),
+                depends=files("*.h", "cuda/*.*"),
+                # USE_CUDA: for the current stream, in the stable ABI's headers.
+                define_macros=[target, ("USE_CUDA", None), ("RESNET_FUSED_CUDA_ARCHITECTURES", f'"{architectures}"')],
+                extra_compile_args={
+                    "cxx": [*flags, "-fvisibility=hidden"],
+                    "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden", "--threads", os.environ["MAX_JOBS"]],
+                },
+            )
+        )
+    return extensions, {"build_ext": Build}
+
+
+for name, value in (("FORCE_CUDA", FORCE_CUDA), ("RESNET_FUSED_NO_EXTENSION", NO_EXTENSION)):
+    if value not in ("", "0", "1"):
+        sys.exit(f"resnet_fused: {name}: expected 0, 1 or nothing, got {value!r}.")
+extensions, commands = ([], {}) if NO_EXTENSION == "1" else build()
+setup(ext_modules=extensions, cmdclass=commands)

@@ -7,6 +7,7 @@ PyTorch, with which the others are compared. :func:`measure` lets the providers 
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import itertools
 import json
 import os
@@ -65,7 +66,13 @@ def make_parser(bench, description, batch_size, providers=(), default_providers=
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--memory-format", nargs="+", choices=MEMORY_FORMATS, default=list(MEMORY_FORMATS))
     parser.add_argument("--batch-size", type=int, default=batch_size, help="default: %(default)s")
-    parser.add_argument("--backend", default="auto", help="of the fused provider; default: %(default)s")
+    parser.add_argument(
+        "--backend",
+        type=lambda names: names.split(","),
+        default=["auto"],
+        metavar="NAME[,NAME...]",
+        help="of the fused provider; of several, as providers beside each other (not in all benchmarks); default: auto",
+    )
     threads = [torch.get_num_threads()]
     parser.add_argument("--threads", type=int, nargs="+", default=threads, help="in turn; default: %(default)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,7 +136,7 @@ def session(args):
     machine = _machine(args, "left alone" if args.no_mallopt else _keep_freed_memory())
     print(", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None))
     try:
-        with resnet_fused.use_backend(args.backend):
+        with resnet_fused.use_backend(args.backend[0]):
             yield machine
     finally:
         torch.set_num_threads(threads)
@@ -189,13 +196,24 @@ def _gpu_timer(call):
     return seconds
 
 
+def _on_its_backend(provider, timer):
+    if provider.backend not in resnet_fused.available_backends():  # inductor, for one
+        return timer
+
+    def seconds(calls):
+        with resnet_fused.use_backend(provider.backend):
+            return timer(calls)
+
+    return seconds
+
+
 def measure(providers, rounds, seconds, timer_of=_host_timer):
     """Seconds per call of each provider: a list for each, one mean per block of calls.
 
     The providers take turns in blocks of several calls, so that drift of the clock meets all alike. Not call by call:
     a provider that streams its output past the caches would leave the next one's inputs cold.
     """
-    timers = [timer_of(provider.call) for provider in providers]
+    timers = [_on_its_backend(provider, timer_of(provider.call)) for provider in providers]
     estimates = [timer(2) for timer in timers]
     calls = [max(2, round(0.01 / estimate)) for estimate in estimates]
     block_seconds = statistics.mean(n * estimate for n, estimate in zip(calls, estimates, strict=True))
@@ -234,13 +252,26 @@ def make_rows(args, case, providers, times):
     ]
 
 
+def _providers_of(case, args):
+    """Those of the case that were asked for; where there are several backends, the fused ones for each of them."""
+    chosen = []
+    for backend in args.backend:
+        with resnet_fused.use_backend(backend):
+            providers = [p for p in case.setup() if p.name in ("eager", *args.providers)]
+        if len(args.backend) > 1:
+            names = [f"{p.name}, {p.backend}" if p.name.startswith("fused") else p.name for p in providers]
+            providers = [dataclasses.replace(p, name=name) for p, name in zip(providers, names, strict=True)]
+        chosen += [p for p in providers if p.name.startswith("fused")] if chosen else providers
+    return chosen
+
+
 def run(args, cases):
     """Set up and measure every case with the threads and providers asked for; returns the rows."""
     rows = []
     for threads, case in tqdm(list(itertools.product(args.threads, cases)), desc=args.bench, disable=None):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
-        providers = [p for p in case.setup() if p.name in ("eager", *args.providers)]
+        providers = _providers_of(case, args)
         on_gpu = args.device.type == "cuda" and case.phase != "host_overhead"
         timer_of = _gpu_timer if on_gpu else _host_timer
         rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds, timer_of))

@@ -1,11 +1,13 @@
 """Which implementation serves a call: one namespace of ``torch.ops`` a backend.
 
-``RESNET_FUSED_BACKEND=auto|cpu|cuda|eager`` sets the process's choice, :func:`use_backend` that of a block of code.
-``auto`` takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one
+``RESNET_FUSED_BACKEND=auto|cpu|cuda|triton|eager`` sets the process's choice, :func:`use_backend` that of a block of
+code. ``auto`` takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one
 warning.
 """
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -100,8 +102,24 @@ def _register_cuda() -> None:
     register("cuda", "resnet_fused", ("cuda",), unavailable, masks=True, detail=detail)
 
 
+def _register_triton() -> None:
+    from .triton_kernels import DEVICE_TYPES, IS_INTERPRETED, NAMESPACE
+
+    unavailable, detail = None, ""
+    if importlib.util.find_spec("triton") is None:
+        unavailable = (
+            "the package triton, which CUDA builds of torch bring along, is not installed beside torch "
+            f"{torch.__version__}; install a CUDA build of torch, or `pip install triton`"
+        )
+    else:
+        interpreted = ", interpreted (TRITON_INTERPRET=1)" if IS_INTERPRETED else ""
+        detail = f"Triton {importlib.metadata.version('triton')}{interpreted}, compiled on first use"
+    register("triton", NAMESPACE, DEVICE_TYPES, unavailable, masks=True, detail=detail)
+
+
 _register_cpu()
 _register_cuda()
+_register_triton()
 _backends["eager"] = Backend("eager", (), detail="PyTorch's own operators, unfused, on any device")
 
 

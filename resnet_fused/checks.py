@@ -16,6 +16,15 @@ def check_device(name, tensor, input):
         raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
 
 
+def check_like_input(name, tensor, input):
+    check_device(name, tensor, input)
+    if tensor.shape != input.shape or tensor.dtype != input.dtype:
+        raise ValueError(
+            f"{name}: expected the input's shape and type, {tuple(input.shape)} of {input.dtype}, "
+            f"got {tuple(tensor.shape)} of {tensor.dtype}"
+        )
+
+
 def _refuse_vector(name, vector, input):
     channels = input.shape[1]
     if vector.shape != (channels,):

@@ -13,35 +13,37 @@ from torch._prims_common import suggest_memory_format
 from .checks import check_arguments, check_batch_norms, check_device
 
 
-def _statistics(input):
+def new_statistics(input):
     # float64, whatever the input: rounded to float32, a mean of 1e4 is off by 5 % of a standard deviation of 1e-2.
     return input.new_empty((2, input.shape[1]), dtype=torch.float64)
 
 
-def _like_input(input, needed=True):
-    if not needed:
-        return None
+def memory_format_of(input):
+    """That of the output: in which the ops see every tensor."""
     # Python's suggest_memory_format, unlike C++'s, takes (4, 1, 9, 9) of strides (81, 1, 9, 1) for channels_last.
-    memory_format = torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
-    return torch.empty_like(input, memory_format=memory_format)
+    return torch.contiguous_format if input.is_contiguous() else suggest_memory_format(input)
 
 
-def _per_channel(input, parameter, needed):
+def new_like_input(input, needed=True):
+    return torch.empty_like(input, memory_format=memory_format_of(input)) if needed else None
+
+
+def new_per_channel(input, parameter, needed):
     if not needed:
         return None
     return input.new_empty(input.shape[1], dtype=torch.float64 if parameter is None else parameter.dtype)
 
 
-def _matrix_shape(input):
+def matrix_shape(input):
     """Rows and columns of the dense input as csrc/ops.cpp takes it for a mask."""
-    if input.is_contiguous() or suggest_memory_format(input) == torch.contiguous_format:
+    if memory_format_of(input) == torch.contiguous_format:
         return input.shape[0], input.numel() // input.shape[0] if input.shape[0] else 0
     return input.numel() // input.shape[1], input.shape[1]
 
 
 def unpack_mask(mask, input):
     """The mask's bits as booleans of the input's shape."""
-    rows, columns = _matrix_shape(input)
+    rows, columns = matrix_shape(input)
     bits = (mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
     values = bits.view(rows, -1)[:, :columns].bool()
     if columns == input.shape[1] and input.dim() > 2:  # channels last
@@ -51,14 +53,14 @@ def unpack_mask(mask, input):
 
 def _batch_norm_relu(input, *arguments):
     check_arguments(input, *arguments)
-    return _like_input(input), _statistics(input)
+    return new_like_input(input), new_statistics(input)
 
 
 def _mask(masking, input, training):
     """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
     if not training or input.device.type not in masking:
         return None
-    rows, columns = _matrix_shape(input)
+    rows, columns = matrix_shape(input)
     return input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8)
 
 
@@ -69,7 +71,8 @@ def _batch_norm_add_relu(masking, input, residual, *arguments):
 
 def _batch_norm_add_batch_norm_relu(masking, input, *arguments):
     check_batch_norms(input, *arguments)
-    return _like_input(input), _statistics(input), _statistics(input), _mask(masking, input, training=arguments[-1])
+    statistics = new_statistics(input), new_statistics(input)
+    return new_like_input(input), *statistics, _mask(masking, input, training=arguments[-1])
 
 
 def _batch_norm_relu_backward(
@@ -86,10 +89,10 @@ def _batch_norm_relu_backward(
     need_input_bias,
 ):
     return (
-        _like_input(input, need_input),
-        _per_channel(input, weight, need_weight),
-        _per_channel(input, bias, need_bias),
-        _per_channel(input, input_bias, need_input_bias),
+        new_like_input(input, need_input),
+        new_per_channel(input, weight, need_weight),
+        new_per_channel(input, bias, need_bias),
+        new_per_channel(input, input_bias, need_input_bias),
     )
 
 
@@ -99,12 +102,12 @@ def _batch_norm_add_relu_backward(
     grad_input, *grad_vectors = _batch_norm_relu_backward(
         grad_output, input, weight, bias, input_bias, statistics, training, need_input, *needed
     )
-    return grad_input, _like_input(input, need_residual), *grad_vectors
+    return grad_input, new_like_input(input, need_residual), *grad_vectors
 
 
 def _batch_norm_add_batch_norm_relu_backward(grad_output, mask, input, *arguments):
     def gradients(vectors, need_input, *needed):
-        return _like_input(input, need_input), *map(partial(_per_channel, input), vectors, needed)
+        return new_like_input(input, need_input), *map(partial(new_per_channel, input), vectors, needed)
 
     needed = arguments[10:]
     return *gradients(arguments[:3], *needed[:4]), *gradients(arguments[5:8], *needed[4:])

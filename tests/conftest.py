@@ -1,4 +1,8 @@
-"""Fixtures: the backends, dtypes and layouts of every correctness test. A new backend joins by one line of BACKENDS."""
+"""Fixtures: the backends, dtypes and layouts of every correctness test. A new backend joins by one line of BACKENDS.
+
+Under TRITON_INTERPRET=1 the only backend is triton, interpreted on the CPU: ``pytest -k triton``, in a process of its
+own, as Triton reads the variable where a kernel is defined.
+"""
 
 import math
 
@@ -7,13 +11,24 @@ import torch
 
 import resnet_fused
 from resnet_fused import functional, use_backend
+from resnet_fused.triton_kernels import IS_INTERPRETED
 
 from . import cuda_on_cpu
 
-BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}  # name -> device on which it is tested
-if torch.cuda.is_available():
-    BACKENDS["cuda"] = "cuda"
+if IS_INTERPRETED:
+    from . import triton_on_cpu
+
+    triton_on_cpu.round_as_gpus_do()
+    BACKENDS = {"triton": "cpu"}  # name -> device on which it is tested
+    collect_ignore = ["test_triton_static.py"]
+else:
+    BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}
+    collect_ignore = ["test_triton_traffic.py"]
+    if torch.cuda.is_available():
+        BACKENDS |= {"cuda": "cuda", "triton": "cuda"}
+EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
 LARGEST_EMULATED = 50_000  # elements: an emulated kernel takes microseconds for each
+MOST_CHANNELS_INTERPRETED = 256  # an interpreted program, of which some kernels have one a channel, takes milliseconds
 
 WITH_RESIDUAL = {True: "add_relu", False: "relu", "normalized": "add_batch_norm_relu"}
 LAYOUTS = ("contiguous", "channels_last")
@@ -25,8 +40,10 @@ def pytest_collection_modifyitems(config, items):
 
     def is_too_large(item):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        is_large = math.prod(parameters.get("shape", ())) > LARGEST_EMULATED or item.get_closest_marker("slow")
-        return parameters.get("backend") == cuda_on_cpu.BACKEND and is_large
+        shape = parameters.get("shape", ())
+        is_large = math.prod(shape) > LARGEST_EMULATED or item.get_closest_marker("slow")
+        is_wide = IS_INTERPRETED and len(shape) > 1 and shape[1] > MOST_CHANNELS_INTERPRETED
+        return parameters.get("backend") in EMULATED and (is_large or is_wide)
 
     config.hook.pytest_deselected(items=[item for item in items if is_too_large(item)])
     items[:] = [item for item in items if not is_too_large(item)]

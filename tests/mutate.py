@@ -36,6 +36,8 @@ CUDA = "csrc/cuda/batch_norm_add_relu.cu"
 CUDA_GLUE = "csrc/cuda/batch_norm_add_relu.cpp"
 CUDA_PLAN = "csrc/cuda/plan.h"
 REDUCE = "csrc/cuda/reduce.cuh"
+TRITON = "resnet_fused/triton_kernels/kernels.py"
+TRITON_GLUE = "resnet_fused/triton_kernels/batch_norm_add_relu.py"
 AUTOGRAD = "resnet_fused/autograd.py"
 BLOCKS = "resnet_fused/blocks.py"
 TRACING = "resnet_fused/tracing.py"
@@ -108,6 +110,28 @@ FAULTS = [
     Fault("CUDA: frozen statistics projected", CUDA_GLUE, "const bool projects = a.training && norm.needed.input;", "const bool projects = norm.needed.input;", "ops"),
     Fault("unaligned tensors in vectors", CUDA_PLAN, "if (!aligned || base", "if (base", "cuda_traffic"),
     Fault("group's mask of the whole warp", REDUCE, "(1u << lanes) - 1", "0xffffffffu", "cuda_traffic"),
+    Fault("Triton: mask not of y as stored", TRITON, "_passes(y.to(matrix.ACC), 0)", "_passes(value, 0)", "edges"),
+    Fault("Triton: recomputed mask not of y as stored", TRITON, "tail.VANISHING)", "0)", "edges"),
+    Fault("Triton: mask's bits the wrong way round", TRITON, "bits << tl.arange(0, 8)", "bits << 7 - tl.arange(0, 8)", "gradients"),
+    Fault("Triton: mask's bits beyond the columns", TRITON, "_passes(y.to(matrix.ACC), 0) & valid", "_passes(y.to(matrix.ACC), 0) | ~valid", "gradients"),
+    Fault("Triton: rows past the end summed", TRITON, "total = tl.where(left[:, None], new_total, total)", "total = new_total"),
+    Fault("Triton: columns past the end stored", TRITON, "tl.store(output + at, y, mask=valid)", "tl.store(output + at, y, mask=(row < row_end)[:, None])"),
+    Fault("Triton: stale partial sums", TRITON, "* matrix.splits + split\n", "* matrix.splits\n"),
+    Fault("Triton: last split as long as the others", TRITON, "columns * tl.minimum(matrix.rows - row, matrix.split_rows)", "columns * matrix.split_rows"),
+    Fault("Triton: only the first partial sums", TRITON, "total += _load_parts(matrix, partials, 0, channel, part, parts)", "total = _load_parts(matrix, partials, 0, channel, part, parts)", "triton_traffic"),
+    Fault("Triton: NaN in all channels of a tile", TRITON, "return tl.sum(tl.where(of_channel, values[None, :], 0), axis=1)", "return tl.sum(of_channel * values[None, :], axis=1)", "edges"),
+    Fault("Triton: origin left out", TRITON, "_welford(x - origin, 1 / count, mean", "_welford(x, 1 / count, mean", "edges"),
+    Fault("Triton: infinite origin", TRITON, "tl.where(median - median == 0, median, 0)", "median", "edges"),
+    Fault("Triton: rounded mean in forward", TRITON, "tl.fma(-dropped, scale.to(tl.float64), bias)", "bias", "edges"),
+    Fault("Triton: rounded mean in backward", TRITON, "tl.sum(dot, axis=0) - dropped * grad", "tl.sum(dot, axis=0)", "edges"),
+    Fault("Triton: every program counts the batch", TRITON, "if tl.program_id(0) == 0:", "if tl.program_id(0) >= 0:"),
+    Fault("Triton: cumulative average before the count", TRITON, "(tl.load(num_batches_tracked) + 1).to(tl.float64)", "tl.load(num_batches_tracked).to(tl.float64)"),
+    Fault("Triton: eval's statistics unwritten", TRITON, "if split == 0:", "if split == 1:"),
+    Fault("Triton: sign of the projection", TRITON, "tl.fma(-centered, slope, grad - offset)", "tl.fma(centered, slope, grad - offset)"),
+    Fault("Triton: frozen statistics projected", TRITON_GLUE, "if training and need_input else None", "if need_input else None"),
+    Fault("Triton: strided statistics not written back", TRITON_GLUE, "vector.copy_(written)", "pass", "edges"),
+    Fault("Triton: offsets of 32 bits", TRITON, "row[:, None] * _columns(matrix) + column", "row[:, None].to(tl.int32) * _columns(matrix) + column", "triton_static"),
+    Fault("Triton: narrow accesses", "resnet_fused/triton_kernels/plan.py", "width = 16 // element_size", "width = 1", "triton_static"),
     Fault("double backward takes statistics as constants", AUTOGRAD, "correction=0)\n", "correction=0)\n        mean = mean.detach()\n", "gradients"),
     Fault("residual normalised as the input is", KERNELS, "normalized<T>(r, k, lane, residual_values)", "normalized<T>(r, k, lane, values)"),
     Fault("masked gradient overwritten before its last use", GLUE, "for (NormBackward& norm : norms) norm.apply(work, masked_source);", "for (auto norm = norms.rbegin(); norm != norms.rend(); ++norm) norm->apply(work, masked_source);"),
@@ -123,7 +147,6 @@ FAULTS = [
     Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
     Fault("one value per channel", ARGUMENTS, "!training || values() != 1", "true", "edges"),
     Fault("half vectors for float32", ARGUMENTS, "(half && type == ScalarType::Float)", "(!half || type == ScalarType::Float)", "edges"),
-    Fault("other devices", ARGUMENTS, "on_one_device(*vector, input) && vector->dim()", "vector->dim()", "edges"),
     Fault("untracked batch norm counts", BLOCKS, "bn.num_batches_tracked if tracks else None", "bn.num_batches_tracked", "blocks"),
     Fault("untracked batch norm updates", BLOCKS, "uses_running = not bn.training or bn.track_running_stats", "uses_running = True", "blocks"),
     Fault("conv3's bias lost", BLOCKS, 'arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)', "", "blocks"),
@@ -145,8 +168,8 @@ FAULTS = [
     Fault("withheld attributes absent", TRACING, "if name in module.__dict__:", "if False:", "rewrite"),
     Fault("classes of values assumed", TRACING, 'if node.op != "placeholder"]:', "if False]:", "convert"),
     Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
-    Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "cuda_build"),
-    Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "cuda_build"),
+    Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "build"),
+    Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "build"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip
@@ -164,14 +187,20 @@ def _build(copy):
         sys.exit(f"the copy does not build:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
 
 
-def _first_failure(copy, tests="tests", *options):
-    """The name of a test that fails in the copy, or None."""
+def _first_failure(copy, tests, *options, interpreted=False):
+    """The name of a test that fails in the copy, or None. ``interpreted``: of those of the interpreted backend triton."""
     options = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *options]
-    done = _run([sys.executable, "-m", "pytest", *options, tests], copy)
+    environment = {"TRITON_INTERPRET": "1"} if interpreted else {}
+    options += ["-k", "triton"] if interpreted else []
+    done = _run([sys.executable, "-m", "pytest", *options, tests], copy, **environment)
     if done.returncode == 0:
         return None
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or "crashed" in line]
     return failed[0][:150] if failed else f"pytest exited with {done.returncode}"
+
+
+def _first_failure_of_suite(copy):
+    return _first_failure(copy, "tests", "-n", "2") or _first_failure(copy, "tests", "-n", "2", interpreted=True)
 
 
 def _failure_caused_by(fault, copy):
@@ -183,8 +212,9 @@ def _failure_caused_by(fault, copy):
     try:
         file.write_text(original.replace(fault.find, fault.replace))
         _build(copy)
-        first = f"tests/test_{fault.noticed_by}.py"
-        return _first_failure(copy, first) or _first_failure(copy, "tests", "-n", "2")
+        interpreted = fault.file.startswith("resnet_fused/triton_kernels/") and fault.noticed_by != "triton_static"
+        first = _first_failure(copy, f"tests/test_{fault.noticed_by}.py", interpreted=interpreted)
+        return first or _first_failure_of_suite(copy)
     finally:
         file.write_text(original)
 
@@ -201,7 +231,7 @@ def main():
         copy = Path(folder) / "resnet_fused"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "results"))
         _build(copy)
-        if failure := _first_failure(copy, "tests", "-n", "2"):
+        if failure := _first_failure_of_suite(copy):
             sys.exit(f"the suite fails without a fault: {failure}")
         for fault in tqdm(faults, unit="fault"):
             start = time.monotonic()

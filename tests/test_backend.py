@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import resnet_fused
 from resnet_fused import available_backends, functional, use_backend
 from resnet_fused import backend as backend_module
+from resnet_fused.ops import Ops
 
 from . import cuda_on_cpu
 from .problem import Problem
@@ -116,6 +117,32 @@ def test_a_further_backend_joins_by_register(registry):
     assert "cpu-again" in available_backends()
     with use_backend("cpu-again"):
         Problem.random((6, 10, 5, 5)).check()
+
+
+def test_the_ops_in_triton_have_the_schemas_of_those_in_cpp():
+    for name in Ops._fields:
+        in_cpp, in_triton = (
+            str(getattr(getattr(torch.ops, namespace), name).default._schema).partition("::")[2]
+            for namespace in ("resnet_fused", "resnet_fused_triton")
+        )
+        assert in_triton == in_cpp
+
+
+def test_auto_takes_triton_for_gpus_where_cuda_is_not_built(registry):
+    backend_module.register("cuda", "resnet_fused", ("cuda",), unavailable="not built")
+    assert backend_module.select("cuda").name == "triton"
+    assert backend_module.select("cpu").name == "cpu"
+
+
+def test_triton_where_it_is_not_installed_is_named_with_the_fix():
+    code = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest); "
+        "from resnet_fused import __main__ as m; print(m.report())"
+    )
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "triton not available: the package triton" in done.stdout and "`pip install triton`" in done.stdout
 
 
 def test_the_environment_chooses_the_backend():

@@ -5,6 +5,7 @@ Nothing is compiled: nvcc is a script that answers what setup.py asks, and setup
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,46 @@ def test_a_source_distribution_made_without_cuda_holds_its_sources():
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
     assert "csrc/cuda/module.cpp" in sources
     assert set(_report(FORCE_CUDA="0")["depends"]) == sources
+
+
+# ---- RESNET_FUSED_NO_EXTENSION=1 ----
+
+PURE = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]  # it would lend its extension
+import torch, resnet_fused
+from resnet_fused import __main__, functional, use_backend
+print(__main__.report())
+x = torch.randn(4, 3, 5, 5)
+with use_backend("triton"):
+    triton = functional.batch_norm_relu(x, None, None, training=True)
+with use_backend("eager"):
+    torch.testing.assert_close(triton, functional.batch_norm_relu(x, None, None, training=True))
+print(resnet_fused.backend.select("cuda").name)
+"""
+
+
+def test_without_an_extension_triton_and_eager_work_and_it_says_so(tmp_path):
+    tree, wheels, target = tmp_path / "tree", tmp_path / "wheels", tmp_path / "target"
+    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "results"))
+    environment = {**os.environ, "RESNET_FUSED_NO_EXTENSION": "1", "CXX": "no-such-compiler"}
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+    def run(*command, **options):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, tree, env=environment)
+    (wheel,) = wheels.iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    run(*pip, "install", "--no-deps", "--target", target, wheel)
+    environment = {**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "1"}
+    output = run(sys.executable, "-c", PURE, env=environment, cwd=tmp_path)
+    assert "cpu    not available: the C++ extension resnet_fused._C does not load" in output
+    assert "triton Triton" in output and output.endswith("\ntriton\n")
+
+
+def test_another_value_of_no_extension_is_refused():
+    message = _refusal(RESNET_FUSED_NO_EXTENSION="yes")
+    assert "RESNET_FUSED_NO_EXTENSION: expected 0, 1 or nothing, got 'yes'" in message

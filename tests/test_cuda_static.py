@@ -8,16 +8,15 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import importlib.util
 import itertools
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, CUDA_HOME
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
+from .sass import bits_of, find, instructions_of, is_global, loops_of, output_of, successors
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
@@ -103,18 +102,6 @@ def kernel_of(mangled):
 # Compilation ----------------------------------------------------------------------------------------------------------
 
 
-def find(tool):
-    """A tool of the CUDA toolkit: on PATH, in the toolkit, in triton's wheel; or None."""
-    folders = [Path(CUDA_HOME) / "bin"] if CUDA_HOME else []
-    nvcc = shutil.which("nvcc")
-    folders += [Path(nvcc).resolve().parent] if nvcc else []
-    triton = importlib.util.find_spec("triton")
-    if triton and triton.submodule_search_locations:
-        folders += [Path(folder) / "backends" / "nvidia" / "bin" for folder in triton.submodule_search_locations]
-    candidates = (shutil.which(tool), *(shutil.which(folder / tool) for folder in folders))
-    return next((candidate for candidate in candidates if candidate), None)
-
-
 NVCC = find("nvcc")
 NVDISASM = find("nvdisasm")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc: it comes with the CUDA toolkit")
@@ -122,14 +109,6 @@ needs_nvdisasm = pytest.mark.skipif(
     NVCC is None or NVDISASM is None,
     reason="there is no nvcc or no nvdisasm: the CUDA toolkit has both, triton the latter",
 )
-
-
-def output_of(*command):
-    result = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert result.returncode == 0, result.stdout
-    return result.stdout
 
 
 def compile_kernels(source, architecture, folder, *flags):
@@ -158,7 +137,7 @@ def compile_kernels(source, architecture, folder, *flags):
 def compiled(architecture):
     """({kernel: Resources}, {kernel: [Instruction]}) of csrc/cuda/batch_norm_add_relu.cu."""
     log, code = compile_kernels(KERNELS, architecture, ROOT / "build" / "cuda_static" / architecture)
-    return resources_of(log), instructions_of(code)
+    return resources_of(log), instructions_of(code, kernel_of)
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -222,119 +201,6 @@ def constants():
 
 
 # Machine code ---------------------------------------------------------------------------------------------------------
-
-SECTION = re.compile(r"\s*\.section\s+(\.text\.)?([^\s,]+)")
-LABEL = re.compile(r"([.$\w]+):\s*$")
-INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)")
-
-
-class Instruction(NamedTuple):
-    address: int
-    predicate: str | None
-    operation: str
-    operands: str
-    targets: tuple  # indices of instructions that the operands name
-
-    def is_one_of(self, *names):
-        return self.operation.split(".")[0] in names
-
-    @property
-    def is_call(self):
-        """Functions have names; a CALL of a mere label is a jump."""
-        return self.is_one_of("CALL") and "`(.L_" not in self.operands
-
-
-def instructions_of(text):
-    """{kernel: [Instruction]} of nvdisasm's output."""
-    found, instructions, labels = {}, None, {}
-    for line in text.splitlines():
-        if section := SECTION.match(line):
-            instructions, labels = [], {}
-            if section[1]:
-                found[kernel_of(section[2])] = instructions, labels
-        elif instructions is None:
-            continue
-        elif label := LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif match := INSTRUCTION.match(line):
-            instructions.append((int(match[1], 16), match[2], match[3], match[4]))
-
-    def targets(operands, labels):
-        names = re.findall(r"`\(([^)]+)\)", operands)
-        names += [
-            name.strip() for group in re.findall(r'BRANCH_TARGETS ([^"]+)', operands) for name in group.split(",")
-        ]
-        return tuple(labels[name] for name in names if name in labels)
-
-    return {
-        kernel: [Instruction(*fields, targets(fields[-1], labels)) for fields in instructions]
-        for kernel, (instructions, labels) in found.items()
-        if instructions
-    }
-
-
-def successors(code):
-    """For each instruction those that may follow it, by index; calls return."""
-    for i, instruction in enumerate(code):
-        falls_through = instruction.predicate is not None
-        branches = instruction.is_one_of("BRA", "BRX", "BRXU", "JMP", "JMX", "CALL") and not instruction.is_call
-        if instruction.is_one_of("BRA"):  # BRA.U P0 and BRA.DIV are conditional
-            falls_through |= instruction.operation != "BRA" or bool(re.match(r"\s*!?U?P\d", instruction.operands))
-        elif instruction.is_one_of("WARPSYNC"):
-            branches = falls_through = True
-        elif not branches and not instruction.is_one_of("EXIT", "RET"):
-            falls_through = True
-        following = set(instruction.targets) if branches else set()
-        if falls_through and i + 1 < len(code):
-            following.add(i + 1)
-        yield sorted(following)
-
-
-def loops_of(code):
-    """The outermost loops, each a sorted list of indices: Tarjan's strongly connected components."""
-    following = list(successors(code))
-    order, lowest, on_stack, stack, loops = {}, {}, set(), [], []
-    for root in range(len(code)):
-        if root in order:
-            continue
-        work = [(root, iter(following[root]))]
-        order[root] = lowest[root] = len(order)
-        stack.append(root)
-        on_stack.add(root)
-        while work:
-            node, rest = work[-1]
-            for successor in rest:
-                if successor not in order:
-                    order[successor] = lowest[successor] = len(order)
-                    stack.append(successor)
-                    on_stack.add(successor)
-                    work.append((successor, iter(following[successor])))
-                    break
-                if successor in on_stack:
-                    lowest[node] = min(lowest[node], order[successor])
-            else:
-                work.pop()
-                if work:
-                    lowest[work[-1][0]] = min(lowest[work[-1][0]], lowest[node])
-                if lowest[node] == order[node]:
-                    at = stack.index(node)
-                    loop, stack[at:] = sorted(stack[at:]), []
-                    on_stack.difference_update(loop)
-                    if len(loop) > 1 or node in following[node]:
-                        loops.append(loop)
-    return loops
-
-
-def is_global(instruction):
-    """Whether it accesses global memory, or memory of a kind that is known only when it runs."""
-    return instruction.is_one_of("LDG", "STG", "LD", "ST", "LDGSTS", "UBLKCP")
-
-
-def bits_of(instruction):
-    """The width of an access."""
-    suffixes = instruction.operation.split(".")
-    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-    return next((widths[suffix] for suffix in suffixes if suffix in widths), 32)
 
 
 def hot_loops(code):
@@ -566,7 +432,7 @@ def planted(folder, *flags):
     source = folder / "planted.cu"
     source.write_text(PLANTED)
     log, code = compile_kernels(source, "sm_90", folder, *flags)
-    return resources_of(log), instructions_of(code)
+    return resources_of(log), instructions_of(code, kernel_of)
 
 
 @pytest.fixture(scope="module")

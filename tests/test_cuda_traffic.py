@@ -11,6 +11,7 @@ from resnet_fused import use_backend
 
 from . import cuda_on_cpu
 from .problem import Problem
+from .traffic import assert_within_limits, passes
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -24,63 +25,11 @@ def emulation():
     module.set_multiprocessors(cuda_on_cpu.MULTIPROCESSORS)
 
 
-def _passes(emulation, problem):
-    """(launches, reads and writes of the whole tensor) of a forward, then of a backward."""
-    ops = cuda_on_cpu.ops()
-    vectors = (problem.weight, problem.bias, None)
-    running = (problem.running_mean, problem.running_var, torch.tensor(3))
-    norm = (*vectors, *running, 0.1, 1e-5)
-    training = problem.options["training"]
-    x, r, g = problem.input, problem.residual, problem.grad_output
-    passes = []
-
-    def count(call):
-        emulation.reset_counters()
-        results = call()
-        counters = emulation.counters()
-        passes.append((counters.launches, (counters.bytes_read + counters.bytes_written) / x.nbytes))
-        return results
-
-    if r is None:
-        output, statistics = count(lambda: ops.batch_norm_relu(x, *vectors, *running, training, 0.1, 1e-5))
-        needed = (True, True, True, False)
-        count(lambda: ops.batch_norm_relu_backward(g, x, *vectors, statistics, training, *needed))
-    elif problem.normalizes_residual:
-        other = (*vectors, *(tensor.clone() for tensor in running), 0.1, 1e-5)
-        output, *statistics, mask = count(lambda: ops.batch_norm_add_batch_norm_relu(x, *norm, r, *other, training))
-        mask, needed = output if mask is None else mask, 2 * (True, True, True, False)
-        tensors = (x, *vectors, statistics[0], r, *vectors, statistics[1])
-        count(lambda: ops.batch_norm_add_batch_norm_relu_backward(g, mask, *tensors, training, *needed))
-    else:
-        output, statistics, mask = count(lambda: ops.batch_norm_add_relu(x, r, *vectors, *running, training, 0.1, 1e-5))
-        mask, needed = output if mask is None else mask, (True, True, True, True, False)
-        count(lambda: ops.batch_norm_add_relu_backward(g, x, mask, *vectors, statistics, training, *needed))
-    return passes
-
-
-# Reads and writes of the whole tensor, and a part of one for the mask's bits: a 32nd in float32, a 16th in half types.
-# The mask of a frozen batch norm is read off the output. Of two batch norms neighbouring blocks read gradient and mask
-# for either: counted twice here, 8 reads and 2 writes, of which memory sees 6 reads where L2 has the second ones.
-LIMITS = {  # (residual, training): forward, backward
-    (True, True): (4.1, 6.2),
-    (False, True): (3.1, 5.1),
-    ("normalized", True): (5.1, 10.3),
-    (True, False): (3.0, 7.0),
-    (False, False): (2.0, 5.1),
-    ("normalized", False): (3.0, 12.1),
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launches_and_traffic_are_those_of_the_design(emulation, dtype, layout, training, with_residual):
     problem = Problem.random((16, 32, 24, 24), dtype, layout, "cpu", with_residual, training=training)
-    forward, backward = _passes(emulation, problem)
-    most_forward, most_backward = LIMITS[with_residual, training]
-    assert forward[0] == (2 if training else 1)
-    assert backward[0] == 2
-    of_vectors = 0.04  # statistics, partial sums, coefficients: little beside 9216 values a channel
-    assert most_forward - 0.2 < forward[1] <= most_forward + of_vectors
-    assert most_backward - 0.2 < backward[1] <= most_backward + of_vectors
+    counted = passes(cuda_on_cpu.ops(), problem, emulation.counters, emulation.reset_counters)
+    assert_within_limits(counted, training, with_residual, launches=(2, 1, 2), of_vectors=0.04)
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 5, 3), (6, 64, 3, 3), (4, 24, 8, 8)], ids=str)

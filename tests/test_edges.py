@@ -22,6 +22,7 @@ def _strange_inputs(device):
     for shape in ((2, 8, 8, 1), (4, 1, 9, 9), (4, 9, 1, 1), (1, 5, 3, 3)):
         yield f"ambiguous-{shape}", randn(*shape)
         yield f"ambiguous-channels_last-{shape}", in_layout(randn(*shape), "channels_last")
+    yield "ambiguous-one-channel", randn(4, 9, 9).as_strided((4, 1, 9, 9), (81, 1, 9, 1))
     yield "permuted", randn(4, 5, 6, 7).permute(0, 2, 1, 3)
     yield "permuted-to-front", randn(4, 5, 6, 7).permute(3, 0, 1, 2)
     yield "sliced", randn(4, 5, 12, 7)[:, :, ::2]

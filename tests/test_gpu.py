@@ -14,9 +14,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def cuda():
-    with use_backend("cuda"):
+@pytest.fixture(autouse=True, params=["cuda", "triton"])
+def backend(request):
+    with use_backend(request.param):
         yield
 
 

@@ -1,0 +1,163 @@
+"""What Triton's compiler makes of the kernels, ahead of time, for each generation of GPUs; no GPU needed.
+
+The launches are those of the real glue, on CPU tensors, recorded instead of run; each is compiled as Triton would at
+that launch, and its machine code read.
+"""
+
+import re
+
+import pytest
+import torch
+import triton
+from hypothesis import given
+from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from resnet_fused.triton_kernels import batch_norm_add_relu as glue
+from resnet_fused.triton_kernels import plan as plan_module
+from resnet_fused.triton_kernels.plan import ceil_div, make_plan
+
+from .problem import in_layout
+from .sass import bits_of, find, instructions_of, is_global, loops_of, output_of
+
+NVDISASM = find("nvdisasm")  # the triton wheel has one
+ARCHITECTURES = (80, 90, 100, 120)
+# Of a batch of 128, every activation of ResNet-18 for images of 224 and 96: channels and height.
+ACTIVATIONS = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7), (64, 48), (64, 24), (128, 12), (256, 6), (512, 3))
+HOT = {  # (loads, stores) of whole vectors for each row, by with_residual where that matters
+    "statistics": (1, 0),
+    "normalize": {True: (2, 1), "normalized": (2, 1), False: (1, 1)},
+    "gradient_sums": (2, 0),
+    "input_gradient": {True: (2, 2), "normalized": (2, 1), False: (2, 1)},
+}
+
+
+def _launches(monkeypatch, shape, dtype, layout, with_residual):
+    """(kernel, programs, warps, arguments) of a forward and a backward in training."""
+    launches = []
+    monkeypatch.setattr(glue, "launch", lambda *launch: launches.append(launch))
+    x = in_layout(torch.empty(shape, dtype=dtype), layout)
+    vector = torch.ones(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    vectors, options = (vector, vector, None), (vector, vector, torch.tensor(3), True, 0.1, 1e-5)
+    if with_residual == "normalized":
+        other = (vector, vector, None, vector.clone(), vector.clone(), torch.tensor(3), 0.1, 1e-5)
+        norm = (*vectors, *options[:3], 0.1, 1e-5)
+        _, *statistics, mask = glue.batch_norm_add_batch_norm_relu(x, *norm, x, *other, True)
+        tensors = (x, *vectors, statistics[0], x, *vectors, statistics[1])
+        glue.batch_norm_add_batch_norm_relu_backward(x, mask, *tensors, True, *[True, True, True, False] * 2)
+    elif with_residual:
+        _, statistics, mask = glue.batch_norm_add_relu(x, x, *vectors, *options)
+        glue.batch_norm_add_relu_backward(x, x, mask, *vectors, statistics, True, *[True] * 4, False)
+    else:
+        _, statistics = glue.batch_norm_relu(x, *vectors, *options)
+        glue.batch_norm_relu_backward(x, x, *vectors, statistics, True, *[True] * 3, False)
+    return launches
+
+
+_code = {}
+
+
+def _compile(architecture, kernel, programs, warps, *arguments):
+    """The machine code of the kernel as Triton specialises it for these arguments; many shapes share one."""
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*arguments, num_warps=warps, enable_fp_fusion=False)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    key = source.hash(), warps, architecture
+    if key not in _code:
+        _code[key] = triton.compile(source, target=target, options=options.__dict__).asm
+    return _code[key]
+
+
+def _instructions(asm, folder):
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(asm["cubin"])
+    (code,) = instructions_of(output_of(NVDISASM, "-c", cubin)).values()
+    return code
+
+
+def _faults(code, expected):
+    """What is not as it should be: spills, and accesses in the loops over rows of less than 16 bytes."""
+    faults = [f"{i.operation}: a spill" for i in code if i.is_one_of("LDL", "STL")]
+    loads = stores = 0
+    for i in {i for loop in loops_of(code) for i in loop}:
+        if not is_global(code[i]):
+            continue
+        bits, is_load = bits_of(code[i]), code[i].is_one_of("LDG", "LD")
+        if bits >= 128:
+            loads, stores = loads + is_load, stores + (not is_load)
+        elif bits > 16:  # one or two bytes of the mask
+            faults.append(f"{code[i].operation}: narrower than 16 bytes")
+    if loads == 0 or (loads * expected[1], stores * expected[0]) != (stores * expected[0], loads * expected[1]):
+        faults.append(f"{loads} loads and {stores} stores of 16 bytes, not a multiple of {expected}")
+    return faults
+
+
+@pytest.mark.skipif(NVDISASM is None, reason="there is no nvdisasm: it comes with CUDA or triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch, tmp_path, architecture, dtype, layout):
+    found = {}
+    for channels, height in ACTIVATIONS:
+        for with_residual in (True, False, "normalized") if height == 24 else (True,):
+            for launch in _launches(monkeypatch, (128, channels, height, height), dtype, layout, with_residual):
+                name = launch[0].fn.__name__
+                asm = _compile(architecture, *launch)
+                expected = HOT.get(name)
+                expected = expected[with_residual] if isinstance(expected, dict) else expected
+                if expected and (faults := _faults(_instructions(asm, tmp_path), expected)):
+                    found[name, channels, height, with_residual] = faults
+                # A tile may lie beyond 2^31 elements. Few of that size run in the tests.
+                narrow = re.findall(r"tensor<\d+x\d+x!tt.ptr<\w+>>, tensor<\d+x\d+xi32>", asm["ttir"])
+                if narrow:
+                    found[name, "offsets"] = narrow
+                if "ftz" in asm["ptx"]:  # the mask of a subnormal output would be that of zero
+                    found[name, "ftz"] = asm["ptx"].count("ftz")
+    assert found == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_the_other_types_compile(monkeypatch, dtype, layout, with_residual):
+    for launch in _launches(monkeypatch, (128, 64, 24, 24), dtype, layout, with_residual):
+        assert _compile(90, *launch)["cubin"]
+
+
+# ---- The plan ----
+
+
+@given(
+    outer=st.integers(1, 10**7),
+    channels=st.integers(1, 5000),
+    inner=st.integers(1, 10**6),
+    element_size=st.sampled_from([2, 4, 8]),
+)
+def test_a_plan_covers_the_tensor(outer, channels, inner, element_size):
+    plan = make_plan(outer, channels, inner, element_size)
+    assert (plan.rows, plan.columns, plan.channels) == (outer, channels * inner, channels)
+    assert (plan.tiles - 1) * plan.block_x < plan.columns <= plan.tiles * plan.block_x
+    assert (plan.splits - 1) * plan.split_rows < plan.rows <= plan.splits * plan.split_rows
+    assert plan.split_rows % plan.block_y == 0
+    assert plan.columns % plan.width == 0 and plan.width * element_size <= 16
+    assert plan.block_x % 8 == 0 and plan.block_x * plan.block_y * max(element_size, 4) <= plan_module.TILE_BYTES
+    assert plan.tile_channels * plan.block_x <= 2**14
+    for channel in {0, channels // 2, channels - 1}:
+        first, last = channel * inner // plan.block_x, ((channel + 1) * inner - 1) // plan.block_x
+        assert (last - first + 1) * plan.splits <= plan.partials
+    if inner > 1:
+        for tile in {0, plan.tiles // 2, plan.tiles - 1}:
+            begin, end = tile * plan.block_x, min((tile + 1) * plan.block_x, plan.columns)
+            assert (end - 1) // inner - begin // inner < plan.tile_channels
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize(("channels", "height"), ACTIVATIONS, ids=str)
+def test_64_channels_are_no_limit_to_the_programs(channels, height, element_size, layout):
+    outer, inner = (128, height**2) if layout == "contiguous" else (128 * height**2, 1)
+    plan = make_plan(outer, channels, inner, element_size)
+    tiles = ceil_div(plan.columns, plan.block_x) * ceil_div(plan.rows, plan.block_y)
+    assert plan.programs >= min(plan_module.MINIMUM_PROGRAMS // 2, tiles)
+    assert plan.width * element_size == 16

@@ -1,0 +1,59 @@
+"""Triton's interpreter, made to round as GPUs do, and to count what the kernels launch and move."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def round_as_gpus_do():
+    """float32 to bfloat16 to the nearest, ties to even; the interpreter cuts off."""
+    cut_off = InterpreterBuilder.create_fp_trunc
+
+    def create_fp_trunc(self, source, type):
+        if source.dtype.scalar != tl.float32 or type.scalar != tl.bfloat16:
+            return cut_off(self, source, type)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), type.scalar)
+
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    """launches, bytes_read and bytes_written, to be reset by whoever reads them.
+
+    An access of a tile counts an address once, as the GPU fetches it once: a channel's scale for all of its columns.
+    """
+    from resnet_fused.triton_kernels import batch_norm_add_relu
+
+    counters = SimpleNamespace(launches=0, bytes_read=0, bytes_written=0)
+    load, store, launch = (
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+        batch_norm_add_relu.launch,
+    )
+
+    def bytes_of(pointers, mask):
+        addresses = np.unique(np.broadcast_to(pointers.data, mask.data.shape)[mask.data])
+        return addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
+
+    def count_load(self, pointers, mask, *arguments):
+        counters.bytes_read += bytes_of(pointers, mask)
+        return load(self, pointers, mask, *arguments)
+
+    def count_store(self, pointers, value, mask, *arguments):
+        counters.bytes_written += bytes_of(pointers, mask)
+        return store(self, pointers, value, mask, *arguments)
+
+    def count_launch(*arguments):
+        counters.launches += 1
+        launch(*arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", count_store)
+    monkeypatch.setattr(batch_norm_add_relu, "launch", count_launch)
+    return counters
