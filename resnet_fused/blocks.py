@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .functional import batch_norm_add_relu, batch_norm_relu
+from .functional import BatchNorm, batch_norm_add_batch_norm_relu, batch_norm_add_relu, batch_norm_relu
 
 
 class Residual(nn.Module):
@@ -95,17 +95,34 @@ def call_batch_norm_add_relu(bn, input, residual, inplace):
 
     Fused where both sums are the same: an out-of-place one broadcasts, and promotes types.
     """
-    is_alike = (
+    if not _are_alike(input, residual):
+        output = bn(input)
+        return F.relu(output.add_(residual) if inplace else output + residual)
+    bn._check_input_dim(input)
+    return batch_norm_add_relu(input, residual, **_batch_norm_arguments(bn))
+
+
+def call_batch_norm_add_batch_norm_relu(bn, input, residual_bn, residual, inplace):
+    """``relu(bn(input) + residual_bn(residual))``, of plain batch norms; ``inplace`` as above.
+
+    Fused where the tensors are alike, and both batch norms in the same mode.
+    """
+    first, second = _batch_norm_arguments(bn), _batch_norm_arguments(residual_bn)
+    training = first.pop("training")
+    if not _are_alike(input, residual) or second.pop("training") != training:
+        return call_batch_norm_add_relu(bn, input, residual_bn(residual), inplace)
+    bn._check_input_dim(input)
+    residual_bn._check_input_dim(residual)
+    return batch_norm_add_batch_norm_relu(input, residual, BatchNorm(**first), BatchNorm(**second), training)
+
+
+def _are_alike(input, residual):
+    return (
         isinstance(residual, torch.Tensor)
         and residual.shape == input.shape
         and residual.dtype == input.dtype
         and residual.device == input.device
     )
-    if not is_alike:
-        output = bn(input)
-        return F.relu(output.add_(residual) if inplace else output + residual)
-    bn._check_input_dim(input)
-    return batch_norm_add_relu(input, residual, **_batch_norm_arguments(bn))
 
 
 def _sum_biases(bias, other):

@@ -20,14 +20,19 @@ _IN_PLACE_ADDS = {operator.iadd, "add_"}
 
 
 class Tail(NamedTuple):
-    """relu(batch_norm(input)), or relu(batch_norm(input) + residual), in a graph."""
+    """relu(batch_norm(input)), relu(batch_norm(input) + residual) or relu(batch_norm(input) + batch_norm(residual))."""
 
     steps: tuple[fx.Node, ...]  # from the batch norm to the ReLU, with every nn.Identity between
-    add: fx.Node | None  # among them
+    add: fx.Node | None = None  # among them
+    residual_steps: tuple[fx.Node, ...] = ()  # from the residual's batch norm to before the add
 
     @property
     def batch_norm(self):
         return self.steps[0]
+
+    @property
+    def batch_norms(self):
+        return (self.batch_norm, *self.residual_steps[:1])
 
     @property
     def input(self):
@@ -35,7 +40,14 @@ class Tail(NamedTuple):
 
     @property
     def residual(self):
-        return next(node for node in self.add.all_input_nodes if node not in self.steps) if self.add else None
+        if self.residual_steps:
+            return self.residual_steps[0].all_input_nodes[0]
+        return _other_operand(self.add, self.steps) if self.add else None
+
+    @property
+    def all_steps(self):
+        """None before one that it needs."""
+        return (*self.residual_steps, *self.steps)
 
     @property
     def adds_in_place(self):
@@ -44,12 +56,12 @@ class Tail(NamedTuple):
     @property
     def sequentials(self):
         """The names of the Sequentials that it is in with some of its steps."""
-        return frozenset().union(*map(_sequentials_around, self.steps))
+        return frozenset().union(*map(_sequentials_around, self.all_steps))
 
     @property
     def is_inside_one(self):
         """Whether it is in a Sequential with all of its steps."""
-        return bool(frozenset.intersection(*map(_sequentials_around, self.steps)))
+        return bool(frozenset.intersection(*map(_sequentials_around, self.all_steps)))
 
 
 def _sequentials_around(node):
@@ -84,7 +96,7 @@ def find_tails(module, graph):
     matcher = _Matcher(module, graph)
     tails, reasons = [], {}
     for node in graph.nodes:
-        if node.op != "call_module" or not is_batch_norm(matcher.layers[node.target]):
+        if not matcher.calls_batch_norm(node) or any(node in tail.residual_steps for tail in tails):
             continue
         try:
             if adder := next((tail for tail in tails if tail.residual is node), None):
@@ -92,6 +104,9 @@ def find_tails(module, graph):
             tails.append(matcher.tail(node))
         except _NoTail as reason:
             reasons[node.target] = str(reason)
+    for tail in tails:
+        for node in tail.residual_steps[:1]:
+            reasons.pop(node.target, None)
     return tails, reasons
 
 
@@ -107,17 +122,37 @@ class _Matcher:
     def tail(self, batch_norm):
         """The tail that the batch norm begins; else raises _NoTail."""
         self._check(batch_norm)
-        steps, add = [batch_norm], None
+        steps, add, residual_steps = [batch_norm], None, ()
         user = self._only_user(steps)
         if operands := _operands(user):
             add = user
-            self._check_add(steps, add, operands[0])
+            if add.target in _IN_PLACE_ADDS and operands[0] is not steps[-1]:
+                raise _NoTail(f"its output is added in place to {self._label(operands[0])}")
+            residual_steps = self._residual_steps(steps, add)
+            self._check_input(steps, add, residual_steps)
             steps.append(add)
             user = self._only_user(steps)
         if not self._is_relu(user):
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        return Tail((*steps, user), add)
+        return Tail((*steps, user), add, residual_steps)
+
+    def _residual_steps(self, steps, add):
+        """Those of the batch norm whose output is the other operand, and is nothing else."""
+        residual_steps = [_other_operand(add, steps)]
+        while self._is_call(residual_steps[0], nn.Identity):
+            residual_steps.insert(0, residual_steps[0].all_input_nodes[0])
+        if not self.calls_batch_norm(residual_steps[0]) or any(len(step.users) > 1 for step in residual_steps):
+            return ()
+        try:
+            self._check(residual_steps[0])
+            self._check_input(residual_steps, add, steps)
+        except _NoTail:
+            return ()
+        return tuple(residual_steps)
+
+    def calls_batch_norm(self, node):
+        return node.op == "call_module" and is_batch_norm(self.layers[node.target])
 
     def _check(self, batch_norm):
         layer = self.layers[batch_norm.target]
@@ -156,14 +191,12 @@ class _Matcher:
         is_function = node.target in _RELUS and node.op != "call_module" and len(tensors) == 1
         return is_function or self._is_call(node, nn.ReLU)
 
-    def _check_add(self, steps, add, first):
-        if add.target in _IN_PLACE_ADDS and first is not steps[-1]:
-            raise _NoTail(f"its output is added in place to {self._label(first)}")
-        # The batch norm is to run when the add does: until then, nobody may change its input.
+    def _check_input(self, steps, add, other_steps):
+        """The batch norm is to run when the add does: until then, nobody may change its input."""
         (input,) = steps[0].all_input_nodes
         comes_from = self.layers.get(input.target) if input.op == "call_module" else None
         is_its_own = isinstance(comes_from, nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
-        if not is_its_own and not all(node in steps for node in _between(steps[0], add)):
+        if not is_its_own and not all(node in (*steps, *other_steps) for node in _between(steps[0], add)):
             raise _NoTail("what runs between it and the add might change its input")
 
     def _label(self, node):
@@ -186,6 +219,10 @@ def _operands(node):
     operands = (*node.args, *kwargs.values())
     are_nodes = [type(operand) for operand in operands] == [fx.Node, fx.Node]
     return operands if are_nodes and kwargs.keys() <= {"input", "other"} and operands[0] is not operands[1] else None
+
+
+def _other_operand(add, steps):
+    return next(node for node in add.all_input_nodes if node not in steps)
 
 
 def _between(node, end):

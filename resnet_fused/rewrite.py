@@ -15,16 +15,25 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.package import sys_importer
 
-from .blocks import FusedResidual, call_batch_norm_add_relu, call_batch_norm_relu, has_no_additions, is_plain
+from .blocks import (
+    FusedResidual,
+    call_batch_norm_add_batch_norm_relu,
+    call_batch_norm_add_relu,
+    call_batch_norm_relu,
+    has_no_additions,
+    is_plain,
+)
 from .matching import batch_norms, find_tails
 from .tracing import Attribute, trace
 
 
-def _fused_call(tail, bn):
+def _fused_call(tail, bn, residual_bn=None):
     """The function that computes the tail, and its arguments; ``bn`` is the node of the batch norm's module."""
     if tail.add is None:
         return call_batch_norm_relu, (bn, tail.input)
-    return call_batch_norm_add_relu, (bn, tail.input, tail.residual, tail.adds_in_place)
+    if residual_bn is None:
+        return call_batch_norm_add_relu, (bn, tail.input, tail.residual, tail.adds_in_place)
+    return call_batch_norm_add_batch_norm_relu, (bn, tail.input, residual_bn, tail.residual, tail.adds_in_place)
 
 
 class Rewrite(NamedTuple):
@@ -137,7 +146,7 @@ def _rewrite(module, argument_class):
         raise _Refusal("in a forward that differs between training and eval")
     graph = traces[0].graph
     tails, _ = find_tails(module, graph)
-    bypassed = {step.target for tail in tails for step in tail.steps if step.op == "call_module"} | inlined
+    bypassed = {step.target for tail in tails for step in tail.all_steps if step.op == "call_module"} | inlined
     for tail in tails:
         _replace(graph, tail)
     with _refusing("its forward cannot be written down"):
@@ -154,15 +163,15 @@ def _rewrite(module, argument_class):
             if attribute.full_name not in bypassed  # those must even be plain
         ),
     )
-    fused = tuple(tail.batch_norm.target for tail in tails)
+    fused = tuple(node.target for tail in tails for node in tail.batch_norms)
     return Plan(reasons, None, fused, inlined, (rewrite,), graph)
 
 
 def _replace(graph, tail):
     with graph.inserting_before(tail.add or tail.batch_norm):
-        call = graph.call_function(*_fused_call(tail, graph.get_attr(tail.batch_norm.target)))
+        call = graph.call_function(*_fused_call(tail, *(graph.get_attr(node.target) for node in tail.batch_norms)))
     tail.steps[-1].replace_all_uses_with(call)
-    for step in reversed(tail.steps):
+    for step in reversed(tail.all_steps):
         graph.erase_node(step)
 
 

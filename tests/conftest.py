@@ -98,7 +98,7 @@ def seed():
 def calls(monkeypatch):
     """The names of the functions that modules call, one for each call, in order."""
     calls = []
-    for name in ("batch_norm_relu", "batch_norm_add_relu"):
+    for name in ("batch_norm_relu", "batch_norm_add_relu", "batch_norm_add_batch_norm_relu"):
         function = getattr(functional, name)
 
         def spy(*args, _name=name, _function=function, **kwargs):

@@ -65,6 +65,31 @@ def in_place(bn, X, residual):
     return F.relu_(Y)
 
 
+class TwoNorms(nn.Module):
+    """relu(bn(X) + other(residual)), however a test spells it."""
+
+    def __init__(self, forward, other=None):
+        super().__init__()
+        self.bn, self.other = nn.BatchNorm2d(6), other or nn.BatchNorm2d(6)
+        self.function = forward
+        prepared(self)
+
+    def forward(self, X, residual):
+        return self.function(self.bn, self.other, X, residual)
+
+
+def second_first(bn, other, X, residual):
+    R = other(residual)
+    Y = bn(X)
+    Y += R
+    return F.relu(Y)
+
+
+def first_in_place(bn, other, X, residual):
+    Y = bn(X)
+    return Y.add_(other(residual)).relu_()
+
+
 # The class
 
 
@@ -94,7 +119,71 @@ def test_a_residual_block_keeps_its_numbers(block_class, downsample, calls):
     plain, fused = twins(nn.Sequential(nn.Conv2d(6, 8, 1).double(), block))
     assert_same_numbers(fused, plain)
     tails = 2 if block_class is BasicBlock else 3
-    assert calls == (["batch_norm_relu"] * (tails - 1) + ["batch_norm_add_relu"]) * 2
+    last = "batch_norm_add_batch_norm_relu" if downsample else "batch_norm_add_relu"
+    assert calls == (["batch_norm_relu"] * (tails - 1) + [last]) * 2
+
+
+# Two batch norms
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "forward", [lambda bn, other, X, R: F.relu(bn(X) + other(R)), second_first, first_in_place], ids=["+", "+=", "add_"]
+)
+def test_two_batch_norms_are_one_call(forward, training, calls):
+    plain, fused = twins(TwoNorms(forward).train(training))
+    inputs = make_input(1), make_input(2)
+    torch.testing.assert_close(fused(*inputs), plain(*inputs), rtol=0, atol=1e-12)
+    assert calls == ["batch_norm_add_batch_norm_relu"]
+    for (name, value), other in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-12, msg=name)
+
+
+def in_modes_of_their_own(model):
+    model.other.eval()
+
+
+def without_statistics_of_its_own(model):
+    model.other.running_mean = model.other.running_var = None
+
+
+@pytest.mark.parametrize("change", [in_modes_of_their_own, without_statistics_of_its_own])
+def test_each_batch_norm_decides_its_mode(change, calls):
+    models = twins(TwoNorms(second_first).train(change is in_modes_of_their_own))
+    for model in models:
+        change(model)
+    plain, fused = (model(make_input(1), make_input(2)) for model in models)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-12)
+    assert calls == ["batch_norm_add_relu"]
+    for value, other in zip(models[1].state_dict().values(), models[0].state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
+
+
+def test_a_residual_that_broadcasts_after_its_batch_norm_is_added_as_in_eager(calls):
+    plain, fused = twins(TwoNorms(lambda bn, other, X, R: F.relu(bn(X) + other(R))))
+    inputs = make_input(1), make_input(2)[:, :, :1, :1]
+    torch.testing.assert_close(fused(*inputs), plain(*inputs), rtol=0, atol=1e-12)
+    assert calls == []
+
+
+def used_again(bn, other, X, residual):
+    R = other(residual)
+    return F.relu(bn(X) + R) * R
+
+
+def input_changed_between(bn, other, X, residual):
+    R = other(residual)
+    residual.mul_(2)
+    return F.relu(bn(X) + R)
+
+
+@pytest.mark.parametrize("forward", [used_again, input_changed_between])
+def test_a_second_batch_norm_that_cannot_wait_runs_by_itself(forward, calls):
+    plain, fused = twins(TwoNorms(forward))
+    torch.testing.assert_close(
+        fused(make_input(1), make_input(2)), plain(make_input(1), make_input(2)), rtol=0, atol=1e-12
+    )
+    assert calls == ["batch_norm_add_relu"]
 
 
 # Where a batch norm hides
@@ -451,7 +540,7 @@ def weight_norm(model):
 CHANGES = {  # and how many of the block's two tails still run fused
     "hook on a batch norm": (add_hook("bn1", []), 0),
     "hook on the ReLU": (add_hook("relu", []), 0),
-    "hook on the Sequential": (add_hook("downsample", []), 2),
+    "hook on the Sequential": (add_hook("downsample", []), 0),
     "hook on a convolution": (add_hook("conv1", []), 2),
     "batch norm replaced": (replace("bn2", lambda: nn.GroupNorm(2, 6).double()), 0),
     "batch norm folded away": (replace("bn2", nn.Identity), 0),
@@ -459,7 +548,8 @@ CHANGES = {  # and how many of the block's two tails still run fused
     "ReLU with a forward": (set_attribute("relu", forward=torch.tanh), 0),
     "batch norm parametrized": (weight_norm, 0),
     "convolution replaced": (replace("conv1", lambda: nn.Conv2d(6, 6, 1, padding=0).double()), 2),
-    "Sequential replaced": (replace("downsample", lambda: nn.Conv2d(6, 6, 1).double()), 2),
+    "Sequential replaced": (replace("downsample", lambda: nn.Conv2d(6, 6, 1).double()), 0),
+    "batch norm in the Sequential replaced": (replace("downsample.1", lambda: nn.GroupNorm(2, 6).double()), 0),
     "Sequential taken away": (replace("downsample", lambda: None), 0),
     "momentum": (set_attribute("bn1", momentum=None), 2),
     "eps": (set_attribute("bn1", eps=0.5), 2),
@@ -640,7 +730,7 @@ def test_it_exports(strict):
     exported = torch.export.export(fused, (make_input(),), strict=strict)
     graphs = [module.graph for module in exported.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     operators = {str(node.target) for graph in graphs for node in graph.nodes}
-    assert "resnet_fused.batch_norm_add_relu.default" in operators
+    assert "resnet_fused.batch_norm_add_batch_norm_relu.default" in operators
     torch.testing.assert_close(exported.module()(make_input(1)), plain(make_input(1)), rtol=0, atol=1e-12)
 
 
