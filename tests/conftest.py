@@ -27,8 +27,9 @@ else:
     if torch.cuda.is_available():
         BACKENDS |= {"cuda": "cuda", "triton": "cuda"}
 EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
-LARGEST_EMULATED = 50_000  # elements: an emulated kernel takes microseconds for each
-MOST_CHANNELS_INTERPRETED = 256  # an interpreted program, of which some kernels have one a channel, takes milliseconds
+# Elements: an emulated kernel takes microseconds for each, an interpreted one milliseconds for every 2048.
+LARGEST_EMULATED = 12_000 if IS_INTERPRETED else 50_000
+MOST_CHANNELS_INTERPRETED = 256  # of which some kernels have a program each
 
 WITH_RESIDUAL = {True: "add_relu", False: "relu", "normalized": "add_batch_norm_relu"}
 LAYOUTS = ("contiguous", "channels_last")
