@@ -430,12 +430,12 @@ def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(backend, device, 
     call = getattr(get(backend).ops, op)
     tail = (None, None, None, None, None, None, True, 0.1, 1e-5)
     if residual:
-        with pytest.raises(RuntimeError, match="residual"):
+        with pytest.raises((RuntimeError, ValueError), match="residual"):
             call(x, *residual, *tail)
     for position in range(5):
         bad = list(tail)
         bad[position] = short
-        with pytest.raises(RuntimeError, match=r"\(3,\)"):
+        with pytest.raises((RuntimeError, ValueError), match=r"\(3,\)"):
             call(x, *((x,) if residual else ()), *bad)
 
 

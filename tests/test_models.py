@@ -140,7 +140,7 @@ def test_the_reference_recipe_with_an_average_of_the_weights(calls):
 
 
 def test_the_reference_recipe_under_autocast(calls):
-    """bfloat16 rounds the fused tail once, and eager's three times: both stay as close to float32's losses."""
+    """Both networks' losses are float32's but for a rounding to bfloat16, 2^-8 of them at most."""
     plain = make("resnet18").float()
     exact, _ = train_by_recipe(copy.deepcopy(plain), autocast=False)
     fused = copy.deepcopy(plain)
@@ -151,7 +151,7 @@ def test_the_reference_recipe_under_autocast(calls):
     assert losses.dtype == other_losses.dtype == torch.float32
     assert losses[-2] < 0.7 * losses[0]
     error, other_error = (losses - exact).abs().max(), (other_losses - exact).abs().max()
-    assert error < 2 * other_error < 0.2
+    assert max(error, other_error) < 2**-8 * exact.abs().max()
 
 
 def _train_in_parallel(rank, folder):

@@ -131,11 +131,14 @@ def _backward(
     need_weight,
     need_bias,
     need_input_bias,
+    like=None,
 ):
-    """One batch norm's gradients, and the residual's that was added as it is."""
-    mask, output = _check_backward(grad_output, input, mask)
+    """One batch norm's gradients, and the residual's that was added as it is. ``like``: the tensor whose memory format
+    decides, ``input`` by default."""
+    like = input if like is None else like
+    mask, output = _check_backward(grad_output, like, mask)
     check_device("statistics", statistics, input)
-    grad_input, grad_residual = new_like_input(input, need_input), new_like_input(input, need_residual)
+    grad_input, grad_residual = new_like_input(like, need_input), new_like_input(like, need_residual)
     grad_weight = new_per_channel(input, weight, need_weight)
     grad_bias = new_per_channel(input, bias, need_bias)
     grad_input_bias = new_per_channel(input, input_bias, need_input_bias)
@@ -144,10 +147,10 @@ def _backward(
     if input.numel() == 0:
         return tuple(None if grad is None else grad.zero_() for grad in gradients)
 
-    rows, columns = matrix_shape(input)
+    rows, columns = matrix_shape(like)
     plan, matrix = _plan(rows, columns, input.shape[1], input.dtype)
     norm = _norm(statistics, weight, bias, input_bias)
-    dy, x, y = _dense(input, grad_output, input, output)
+    dy, x, y = _dense(like, grad_output, input, output)
     is_recomputed = mask is None and y is None
     tail = Tail(dy, x, mask, y, tl.constexpr(is_recomputed), tl.constexpr(_VANISHING[input.dtype]))
     projection = _scratch(input, 2, plan.channels) if training and need_input else None
@@ -205,7 +208,7 @@ def batch_norm_add_batch_norm_relu_backward(grad_output, mask, *arguments):
     for i, (input, *norm) in enumerate(of_norms):
         need_input, *need_vectors = needed[4 * i : 4 * i + 4]
         grad_input, _, *grad_vectors = _backward(
-            grad_output, input, mask, *norm, training, need_input, False, *need_vectors
+            grad_output, input, mask, *norm, training, need_input, False, *need_vectors, like=arguments[0]
         )
         gradients += grad_input, *grad_vectors
     return tuple(gradients)
