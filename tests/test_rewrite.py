@@ -627,7 +627,7 @@ class Configured(nn.Module):
         {"extra": nn.Tanh()},
         {"gain": nn.Parameter(torch.full((), 2.0, dtype=torch.float64))},
     ],
-    ids=str,
+    ids=lambda attributes: "-".join(f"{name}-{type(value).__name__}" for name, value in attributes.items()),
 )
 def test_an_attribute_that_the_forward_reads_may_change(attributes, calls):
     plain, fused = twins(Configured())
