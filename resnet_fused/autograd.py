@@ -74,7 +74,7 @@ def _differentiable_backward(mask, training, eps, statistics, grad_output, input
     return g * _view_per_channel(scale, x), g, grad_weight, grad_bias, grad_bias * scale
 
 
-def _double_backward(mask, training, eps, statistics, primals, cotangents):
+def _double_backward(mask, training, eps, statistics, primals, cotangents, needs_input_bias):
     """Vector-Jacobian product of :func:`_differentiable_backward` with respect to (grad_output, input, weight), and,
     last, to a bias left out of input, which acts as input does, where the statistics are constants."""
     has_weight = primals[2] is not None
@@ -89,7 +89,8 @@ def _double_backward(mask, training, eps, statistics, primals, cotangents):
         for output, cotangent in zip(outputs, cotangents, strict=True)
     )
     grad_grad_output, grad_input, *grad_weight = vjp(cotangents)
-    grad_input_bias = None if training else grad_input.sum([0, *range(2, grad_input.dim())])
+    needs_input_bias &= not training
+    grad_input_bias = grad_input.sum([0, *range(2, grad_input.dim())]) if needs_input_bias else None
     return grad_grad_output, grad_input, grad_weight[0] if has_weight else None, grad_input_bias
 
 
@@ -146,6 +147,7 @@ class BatchNormAddReLUBackward(Function):
             statistics,
             (grad_output, input, weight),
             cotangents,
+            ctx.needs_input_grad[5],
         )
         return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 9
 
@@ -207,6 +209,7 @@ class BatchNormReLUBackward(Function):
             statistics,
             (grad_output, input, weight),
             (grad_weighted_input, None, *grad_weighted_vectors),
+            ctx.needs_input_grad[4],
         )
         return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 8
 
@@ -269,7 +272,13 @@ class BatchNormAddBatchNormReLUBackward(Function):
             input, weight, statistics = saved[3 * i : 3 * i + 3]
             of_input, *of_vectors = cotangents[4 * i : 4 * i + 4]
             grad, grad_input, grad_weight, grad_input_bias = _double_backward(
-                mask, ctx.training, eps, statistics, (grad_output, input, weight), (of_input, None, *of_vectors)
+                mask,
+                ctx.training,
+                eps,
+                statistics,
+                (grad_output, input, weight),
+                (of_input, None, *of_vectors),
+                ctx.needs_input_grad[5 + 5 * i],
             )
             grad_grad_output = grad_grad_output + grad
             grads += grad_input, grad_weight, None, grad_input_bias, None

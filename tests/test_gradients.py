@@ -45,6 +45,13 @@ def test_gradgradcheck(backend, device, layout, shape, training, with_residual):
     assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True)
 
 
+def test_gradgradcheck_without_biases_and_weights(backend, device, training, with_residual):
+    problem = Problem.random(SHAPES[0], torch.float64, device=device, residual=with_residual)
+    for names in ((), ("weight", "bias", "residual_weight", "residual_bias")):
+        call, leaves = _call(problem.with_(**dict.fromkeys(names)), training)
+        assert gradgradcheck(call, leaves)
+
+
 def _raw_calls(problem, ops, training):
     """(op, arguments) of the raw ops; requires_grad nowhere, as autograd lies above them."""
     vectors = (problem.weight, problem.bias, problem.weight.clone())
