@@ -68,6 +68,7 @@ def _raw_calls(problem, ops, training):
             (g, x, output if mask is None else mask, *vectors, statistics, training, True, True, True, True, True),
         ),
         (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
+        (ops.batch_norm_relu_recompute, (x, *vectors[:2], statistics)),
         (ops.batch_norm_add_batch_norm_relu, (*norms, training)),
         (
             ops.batch_norm_add_batch_norm_relu_backward,
@@ -77,7 +78,8 @@ def _raw_calls(problem, ops, training):
     ]
 
 
-OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "add_batch_norm_relu", "add_batch_norm_relu_backward")
+OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "relu_recompute")
+OPS += ("add_batch_norm_relu", "add_batch_norm_relu_backward")
 
 
 @pytest.mark.parametrize("index", range(len(OPS)), ids=OPS)
