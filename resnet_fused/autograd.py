@@ -39,6 +39,11 @@ class _Forward(Function):
             cls.check(*args)
             raise
 
+    @classmethod
+    def has_made(cls, output):
+        """Whether autograd recorded that the output comes from :meth:`call`, outside torch.compile and torch.func."""
+        return isinstance(getattr(output, "grad_fn", None), cls._with_ctx._backward_cls)
+
 
 def _view_per_channel(tensor, input):
     return tensor.view(-1, *[1] * (input.dim() - 2))
@@ -170,15 +175,24 @@ class BatchNormReLU(_Forward):
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, input_bias, statistics)
+        ctx.unpacked = None
+
+    @staticmethod
+    def recompute(ctx):
+        """The output, bit by bit, from what was saved, which backward takes from here."""
+        # Unpacked once for both: checkpointing refuses a second time, and an offload would copy again.
+        ctx.unpacked = input, weight, bias, _, statistics = ctx.saved_tensors
+        return ctx.ops.batch_norm_relu_recompute(input, weight, bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 11
+        saved, ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
         function = BatchNormReLUBackward
         call = function.apply if torch.is_grad_enabled() else function.forward
         needed = ctx.needs_input_grad[:4]
-        return *call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
+        return *call(grad_output, *saved, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
 
 
 class BatchNormReLUBackward(Function):
