@@ -324,8 +324,12 @@ def figure(args, machine, panels, size=(7, 5)):
     figure.savefig(args.plot, dpi=120)
 
 
-def plot_ratios(args, machine, rows):
-    """Bars of the speed relative to eager, with the milliseconds beside them; a panel per phase."""
+def milliseconds(row):
+    return f"{row['median_ms']:.4g} ms"
+
+
+def plot_ratios(args, machine, rows, label_of=milliseconds):
+    """Bars of how many times less than eager each takes, with the label beside them; a panel per phase."""
     phases = list(dict.fromkeys(row["phase"] for row in rows))
 
     def series_of(row):
@@ -340,12 +344,12 @@ def plot_ratios(args, machine, rows):
                 bars = [r for r in rows if r["phase"] == phase and series_of(r) == key]
                 places = [groups.index((r["case"], size_of(r), r["dtype"])) + i * height for r in bars]
                 drawn = axes.barh(places, [r["ratio_to_eager"] for r in bars], height, label=", ".join(key))
-                axes.bar_label(drawn, [f"{r['median_ms']:.4g} ms" for r in bars], padding=2, fontsize=7)
+                axes.bar_label(drawn, [label_of(r) for r in bars], padding=2, fontsize=7)
             axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], ["\n".join(g) for g in groups])
             axes.tick_params(labelleft=axes is panels[0])
             axes.invert_yaxis()
             axes.axvline(1, color="grey", linewidth=0.8)
-            axes.set(title=phase, xlabel="eager's time / this one's")
+            axes.set(title=phase, xlabel="eager's / this one's")
             axes.margins(x=0.15)
         panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 

@@ -10,7 +10,7 @@ import torch
 from resnet_fused import FusedResidual, Residual
 
 from . import harness
-from .resnet18 import Network
+from .resnet18 import Network, resnet18_of
 
 STEPS = 3
 BLOCKS = {"eager": Residual, "fused": FusedResidual}
@@ -18,7 +18,7 @@ BLOCKS = {"eager": Residual, "fused": FusedResidual}
 
 def peak_mebibytes(args, dtype, memory_format, name):
     with contextlib.redirect_stdout(None), harness.session(args):
-        network = Network(BLOCKS[name], args.device, dtype, memory_format)
+        network = Network(resnet18_of(BLOCKS[name]), args.device, dtype, memory_format)
         images = torch.randn(args.batch_size, 1, args.image_size, args.image_size)
         for _ in range(STEPS):
             network.train_step(images, torch.zeros(args.batch_size, dtype=torch.int64))

@@ -4,6 +4,7 @@ The ratios of all rows are to plain PyTorch in the first layout.
 """
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -17,20 +18,23 @@ IMAGES_PER_SECOND = {"images/s": lambda row: f"{row['shape'][0] / row['median_ms
 
 
 class Network:
-    """A ResNet-18 built from seed 0, with its optimizer."""
+    """A model built from seed 0, with its optimizer."""
 
-    def __init__(self, block, device, dtype, memory_format, compile=False):
+    def __init__(self, make_model, device, dtype, memory_format, compile=False):
         torch.manual_seed(0)
-        self.model = resnet_fused.resnet18(in_channels=1, block=block)
+        self.model = make_model()
         self.model.to(device, harness.parameter_dtype(dtype), memory_format=harness.MEMORY_FORMATS[memory_format])
         forward = harness.autocast(self.model, device, dtype)
         self.forward = harness.compiled(forward) if compile else forward
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
 
+    def loss(self, images, labels):
+        return F.cross_entropy(self.forward(images), labels)
+
     def train_step(self, images, labels):
         """One step of stochastic gradient descent; returns the loss."""
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.forward(images), labels)
+        loss = self.loss(images, labels)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -40,12 +44,18 @@ class Network:
         return self.forward(images)
 
 
-def setup(device, memory_formats, shape, dtype, phase):
+def resnet18_of(block):
+    """Function that makes the model of these blocks."""
+    return functools.partial(resnet_fused.resnet18, in_channels=1, block=block)
+
+
+def setup(models, device, memory_formats, shape, dtype, phase):
+    """Providers of the phase. ``models``: name -> function that makes the model, the plain one as eager."""
     images = torch.randn(shape, device=device, dtype=harness.parameter_dtype(dtype))
     labels = torch.randint(10, shape[:1], device=device)
 
-    def provider(name, block, memory_format, backend):
-        network = Network(block, device, dtype, memory_format, compile=name == "torch.compile")
+    def provider(name, make_model, memory_format, backend):
+        network = Network(make_model, device, dtype, memory_format, compile=name == "torch.compile")
         network.model.train(phase == "train_step")
         calls = {
             "train_step": functools.partial(network.train_step, images, labels),
@@ -53,23 +63,25 @@ def setup(device, memory_formats, shape, dtype, phase):
         }
         return harness.Provider(name, calls[phase], memory_format, backend)
 
-    backend = harness.fused_backend(device)
-    return [
-        *(provider("eager", Residual, memory_format, "eager") for memory_format in memory_formats),
-        provider("torch.compile", Residual, memory_formats[0], "inductor"),
-        *(provider("fused", FusedResidual, memory_format, backend) for memory_format in memory_formats),
-    ]
+    backends = dict.fromkeys(models, harness.fused_backend(device)) | {"eager": "eager"}
+    by_name = {
+        name: [provider(name, make_model, memory_format, backends[name]) for memory_format in memory_formats]
+        for name, make_model in models.items()
+    }
+    compiled = provider("torch.compile", models["eager"], memory_formats[0], "inductor")
+    return [*by_name.pop("eager"), compiled, *itertools.chain(*by_name.values())]
 
 
 def cases(args):
     shape = (args.batch_size, 1, args.image_size, args.image_size)
+    models = {"eager": resnet18_of(Residual), "fused": resnet18_of(FusedResidual)}
     return [
         harness.Case(
             "resnet18",
             shape,
             dtype,
             phase,
-            functools.partial(setup, args.device, args.memory_format, shape, dtype, phase),
+            functools.partial(setup, models, args.device, args.memory_format, shape, dtype, phase),
         )
         for dtype in args.dtype
         for phase in ("train_step", "inference")

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from resnet_fused import Residual
 
 from . import harness
-from .resnet18 import Network
+from .resnet18 import Network, resnet18_of
 
 STEPS = 5
 GROUPS = {  # by what the operators' names hold
@@ -26,7 +26,7 @@ def group_of(operator):
 
 def milliseconds(args, dtype, memory_format):
     """Of one step, by group: the operators' own time."""
-    network = Network(Residual, args.device, dtype, memory_format)
+    network = Network(resnet18_of(Residual), args.device, dtype, memory_format)
     batch = torch.randn(args.batch_size, 1, args.image_size, args.image_size), torch.randint(10, (args.batch_size,))
     network.train_step(*batch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from resnet_fused import FusedResidual, Residual
 
 from . import harness
-from .resnet18 import IMAGES_PER_SECOND, Network
+from .resnet18 import IMAGES_PER_SECOND, Network, resnet18_of
 
 
 def load_digits(device, dtype, image_size):
@@ -55,7 +55,7 @@ def train(args, dtype, memory_format):
     blocks = {"eager": (Residual, "eager"), "fused": (FusedResidual, harness.fused_backend(args.device))}
     networks, providers, curves, times = [], [], [], []
     for name, (block, backend) in blocks.items():
-        networks.append(Network(block, args.device, dtype, memory_format))
+        networks.append(Network(resnet18_of(block), args.device, dtype, memory_format))
         providers.append(harness.Provider(name, networks[-1].train_step, memory_format, backend))
         curves.append({"label": f"{name}, {dtype}, {memory_format}", "loss": [], "step": [], "test_accuracy": []})
         times.append([])

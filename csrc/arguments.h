@@ -299,7 +299,7 @@ struct BackwardResults {
   }
 };
 
-// ---- The ops of a backend, which has forward and backward ----
+// ---- The ops of a backend, which has forward, backward and recompute ----
 
 template <typename Backend>
 struct Ops {
@@ -335,6 +335,13 @@ struct Ops {
                              momentum, eps};
     const ForwardResults results = Backend::forward({&norm, 1, nullptr, training});
     return {results.output, results.statistics[0]};
+  }
+
+  static Tensor batch_norm_relu_recompute(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor statistics) {
+    const NormBackwardArguments norm{input, weight, bias, std::nullopt, statistics, {}};
+    check_input(input);
+    norm.check(kPrefixes[0]);
+    return Backend::recompute(norm);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
@@ -394,6 +401,7 @@ struct Ops {
     m.impl("batch_norm_add_relu_backward", TORCH_BOX(&Ops::batch_norm_add_relu_backward));                       \
     m.impl("batch_norm_relu", TORCH_BOX(&Ops::batch_norm_relu));                                                 \
     m.impl("batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_relu_backward));                               \
+    m.impl("batch_norm_relu_recompute", TORCH_BOX(&Ops::batch_norm_relu_recompute));                             \
     m.impl("batch_norm_add_batch_norm_relu", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu));                   \
     m.impl("batch_norm_add_batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu_backward)); \
   }

@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(RESNET_FUSED_LIBRARY, m) {
       "batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? input_bias, "
       "Tensor statistics, bool training, bool need_input, bool need_weight, bool need_bias, bool need_input_bias) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input_bias)");
+  m.def("batch_norm_relu_recompute(Tensor input, Tensor? weight, Tensor? bias, Tensor statistics) -> Tensor output");
   m.def(
       "batch_norm_add_batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? input_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "

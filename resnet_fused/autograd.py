@@ -39,6 +39,11 @@ class _Forward(Function):
             cls.check(*args)
             raise
 
+    @classmethod
+    def has_made(cls, output):
+        """Whether autograd recorded that the output comes from :meth:`call`, outside torch.compile and torch.func."""
+        return isinstance(getattr(output, "grad_fn", None), cls._with_ctx._backward_cls)
+
 
 def _view_per_channel(tensor, input):
     return tensor.view(-1, *[1] * (input.dim() - 2))
@@ -74,7 +79,7 @@ def _differentiable_backward(mask, training, eps, statistics, grad_output, input
     return g * _view_per_channel(scale, x), g, grad_weight, grad_bias, grad_bias * scale
 
 
-def _double_backward(mask, training, eps, statistics, primals, cotangents):
+def _double_backward(mask, training, eps, statistics, primals, cotangents, needs_input_bias):
     """Vector-Jacobian product of :func:`_differentiable_backward` with respect to (grad_output, input, weight), and,
     last, to a bias left out of input, which acts as input does, where the statistics are constants."""
     has_weight = primals[2] is not None
@@ -89,7 +94,8 @@ def _double_backward(mask, training, eps, statistics, primals, cotangents):
         for output, cotangent in zip(outputs, cotangents, strict=True)
     )
     grad_grad_output, grad_input, *grad_weight = vjp(cotangents)
-    grad_input_bias = None if training else grad_input.sum([0, *range(2, grad_input.dim())])
+    needs_input_bias &= not training
+    grad_input_bias = grad_input.sum([0, *range(2, grad_input.dim())]) if needs_input_bias else None
     return grad_grad_output, grad_input, grad_weight[0] if has_weight else None, grad_input_bias
 
 
@@ -146,6 +152,7 @@ class BatchNormAddReLUBackward(Function):
             statistics,
             (grad_output, input, weight),
             cotangents,
+            ctx.needs_input_grad[5],
         )
         return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 9
 
@@ -168,15 +175,24 @@ class BatchNormReLU(_Forward):
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight, bias, input_bias, statistics)
+        ctx.unpacked = None
+
+    @staticmethod
+    def recompute(ctx):
+        """The output, bit by bit, from what was saved, which backward takes from here."""
+        # Unpacked once for both: checkpointing refuses a second time, and an offload would copy again.
+        ctx.unpacked = input, weight, bias, _, statistics = ctx.saved_tensors
+        return ctx.ops.batch_norm_relu_recompute(input, weight, bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
         if grad_output is None:
             return (None,) * 11
+        saved, ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
         function = BatchNormReLUBackward
         call = function.apply if torch.is_grad_enabled() else function.forward
         needed = ctx.needs_input_grad[:4]
-        return *call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
+        return *call(grad_output, *saved, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
 
 
 class BatchNormReLUBackward(Function):
@@ -207,6 +223,7 @@ class BatchNormReLUBackward(Function):
             statistics,
             (grad_output, input, weight),
             (grad_weighted_input, None, *grad_weighted_vectors),
+            ctx.needs_input_grad[4],
         )
         return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 8
 
@@ -269,7 +286,13 @@ class BatchNormAddBatchNormReLUBackward(Function):
             input, weight, statistics = saved[3 * i : 3 * i + 3]
             of_input, *of_vectors = cotangents[4 * i : 4 * i + 4]
             grad, grad_input, grad_weight, grad_input_bias = _double_backward(
-                mask, ctx.training, eps, statistics, (grad_output, input, weight), (of_input, None, *of_vectors)
+                mask,
+                ctx.training,
+                eps,
+                statistics,
+                (grad_output, input, weight),
+                (of_input, None, *of_vectors),
+                ctx.needs_input_grad[5 + 5 * i],
             )
             grad_grad_output = grad_grad_output + grad
             grads += grad_input, grad_weight, None, grad_input_bias, None

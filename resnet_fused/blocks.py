@@ -1,11 +1,14 @@
 """The residual block, plain and fused. A block holds its layers and the data flow between them, no more."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .functional import BatchNorm, batch_norm_add_batch_norm_relu, batch_norm_add_relu, batch_norm_relu
+from .recompute import recomputing
 
 
 class Residual(nn.Module):
@@ -125,6 +128,12 @@ def _are_alike(input, residual):
     )
 
 
+def call_recomputing(consumer, input):
+    """``consumer(input)``; where input is an output of :func:`call_batch_norm_relu`, it is not kept for backward."""
+    with recomputing(input):
+        return consumer(input)
+
+
 def _sum_biases(bias, other):
     return other if bias is None else bias if other is None else bias + other
 
@@ -141,6 +150,8 @@ class FusedResidual(Residual):
     Arguments and shapes as :class:`Residual`'s. The forward raises ValueError where X is not 4-D, and what
     :func:`resnet_fused.functional.batch_norm_add_relu` raises.
     """
+
+    _memory_efficient = False  # fuse sets it on an instance
 
     @classmethod
     def from_residual(cls, block):
@@ -169,7 +180,8 @@ class FusedResidual(Residual):
             Y = self.bn2(self.conv2(Y))
             X = X if self.conv3 is None else self.conv3(X)
             return F.relu((Y + X.expand_as(Y)).to(Y.dtype))  # not in place: a hook may have kept Y
-        Y, conv_bias = _convolve_without_bias(self.conv2, Y)
+        with recomputing(Y) if self._memory_efficient else nullcontext():
+            Y, conv_bias = _convolve_without_bias(self.conv2, Y)
         arguments = _batch_norm_arguments(self.bn2)
         if self.conv3 is not None:
             X, residual_bias = _convolve_without_bias(self.conv3, X)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from .blocks import FusedResidual, Residual, call_batch_norm_add_relu, call_batch_norm_relu
+from .blocks import FusedResidual, Residual, call_batch_norm_add_relu, call_batch_norm_relu, call_recomputing
 from .matching import RETURNED, batch_norms, has_no_forward
 from .rewrite import Fused, original_class, plan
 
@@ -55,7 +55,7 @@ class Report:
         return "\n".join(lines)
 
 
-def fuse(model, filter_fn=None):
+def fuse(model, filter_fn=None, *, memory_efficient=False):
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
     The module whose forward holds the ReLU is swapped, by giving it another class: references to it, hooks, layers,
@@ -76,6 +76,9 @@ def fuse(model, filter_fn=None):
         model: any nn.Module. Lazy layers need a first batch before. Fuse before ``torch.compile``, and unfuse before
             another tracer takes the model apart: ``torch.onnx``, TorchScript, ``torch.fx``, quantisation.
         filter_fn: ``filter_fn(module, name) -> bool``, asked about each module that could be swapped; False leaves it.
+        memory_efficient: keep no output of ``relu(batch_norm(x))`` for backward that a convolution or max pooling of
+            the same forward consumes, and nothing else: its backward recomputes it from x, to the bit, by one pass over
+            memory. torch.compile decides by itself what it keeps. Modules that are fused already stay as they are.
 
     Returns:
         Report: ``fused``, the modules that were swapped, with the batch norms that they fuse, and ``left``, the modules
@@ -91,7 +94,7 @@ def fuse(model, filter_fn=None):
     for name, module in _named_modules(model):
         if module in inlined or has_no_forward(module) or not any(batch_norms(module)):
             continue
-        planned = plan(module)
+        planned = plan(module, memory_efficient)
         if planned.fused_class is not None and filter_fn is not None and not filter_fn(module, name):
             left.add(name, module, dict.fromkeys(planned.fused, "filter_fn said no") | planned.reasons)
             continue
@@ -105,6 +108,7 @@ def fuse(model, filter_fn=None):
     for module, fused_class in swaps:  # only now, when nothing can fail any more
         if fused_class is FusedResidual:
             added = {} if "conv3" in module.__dict__ or "conv3" in module._modules else {"conv3": None}
+            added |= {"_memory_efficient": True} if memory_efficient else {}
             module.__dict__.update(added, _before_fuse=(type(module), tuple(added)))
         module.__class__ = fused_class
     return report
@@ -180,7 +184,8 @@ def _is_residual(module, planned):
     parameters = inspect.signature(type(module).forward).parameters
     if rewrite.argument_class is not None or not looks_at <= {"conv3"} or len(parameters) != 2 or _overrides(module):
         return False
-    if len(graph.nodes) != 8 + has_conv3 or not type(module.bn1) is type(module.bn2) is nn.BatchNorm2d:
+    steps = sum(node.op != "get_attr" for node in graph.nodes)
+    if steps != 6 + has_conv3 or not type(module.bn1) is type(module.bn2) is nn.BatchNorm2d:
         return False
     X = ("input",)
     Y = ("conv2", (call_batch_norm_relu, ("bn1",), ("conv1", X)))
@@ -200,4 +205,7 @@ def _steps(node):
     """What the node computes, as nested tuples."""
     if not isinstance(node, fx.Node):
         return node
+    if node.target is call_recomputing:
+        layer, input = node.args
+        return layer.target, _steps(input)
     return ("input",) if node.op == "placeholder" else (node.target, *map(_steps, node.args))

@@ -17,6 +17,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
+_CONSUMERS = nn.modules.conv._ConvNd | nn.modules.pooling._MaxPoolNd
 
 
 class Tail(NamedTuple):
@@ -25,6 +26,7 @@ class Tail(NamedTuple):
     steps: tuple[fx.Node, ...]  # from the batch norm to the ReLU, with every nn.Identity between
     add: fx.Node | None = None  # among them
     residual_steps: tuple[fx.Node, ...] = ()  # from the residual's batch norm to before the add
+    consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
 
     @property
     def batch_norm(self):
@@ -135,7 +137,7 @@ class _Matcher:
         if not self._is_relu(user):
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        return Tail((*steps, user), add, residual_steps)
+        return Tail((*steps, user), add, residual_steps, None if add else self._consumer(user))
 
     def _residual_steps(self, steps, add):
         """Those of the batch norm whose output is the other operand, and is nothing else."""
@@ -180,6 +182,18 @@ class _Matcher:
             if not self._is_call(user, nn.Identity):
                 return user
             steps.append(user)
+
+    def _consumer(self, node):
+        """The convolution or max pooling that alone takes the node's output, maybe through nn.Identity; or None."""
+        while len(node.users) == 1:
+            (node,) = node.users
+            if node.op != "call_module" or len(node.args) + len(node.kwargs) != 1:
+                return None
+            if isinstance(self.layers[node.target], _CONSUMERS):
+                return node
+            if not self._is_call(node, nn.Identity):
+                return None
+        return None
 
     def _is_call(self, node, layer_class):
         is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == 1

@@ -96,6 +96,10 @@ def _batch_norm_relu_backward(
     )
 
 
+def _batch_norm_relu_recompute(input, weight, bias, statistics):
+    return new_like_input(input)
+
+
 def _batch_norm_add_relu_backward(
     grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
 ):
@@ -118,6 +122,7 @@ class Ops(NamedTuple):
 
     batch_norm_relu: OpOverload
     batch_norm_relu_backward: OpOverload
+    batch_norm_relu_recompute: OpOverload
     batch_norm_add_relu: OpOverload
     batch_norm_add_relu_backward: OpOverload
     batch_norm_add_batch_norm_relu: OpOverload
@@ -137,6 +142,7 @@ def register_fakes(namespace: str, masking: tuple[str, ...]) -> Ops:
         fakes = Ops(
             _batch_norm_relu,
             _batch_norm_relu_backward,
+            _batch_norm_relu_recompute,
             partial(_batch_norm_add_relu, _masking[namespace]),
             _batch_norm_add_relu_backward,
             partial(_batch_norm_add_batch_norm_relu, _masking[namespace]),

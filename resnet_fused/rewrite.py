@@ -20,6 +20,7 @@ from .blocks import (
     call_batch_norm_add_batch_norm_relu,
     call_batch_norm_add_relu,
     call_batch_norm_relu,
+    call_recomputing,
     has_no_additions,
     is_plain,
 )
@@ -89,11 +90,11 @@ def _refusing(what):
         raise _Refusal(f"{what}: {type(error).__name__}: {message}") from error
 
 
-def plan(module):
+def plan(module, memory_efficient=False):
     """The :class:`Plan` for the module, which stays as it is."""
     try:
         _check(module)
-        return _plan(module)
+        return _plan(module, memory_efficient)
     except _Refusal as refusal:
         return Plan({name: str(refusal) for name, _ in batch_norms(module)})
 
@@ -115,21 +116,21 @@ def _check(module):
             raise _Refusal(f"in a module whose class overrides {name}")
 
 
-def _plan(module):
-    found = _rewrite(module, torch.Tensor)
+def _plan(module, memory_efficient):
+    found = _rewrite(module, memory_efficient, torch.Tensor)
     if not found.rewrites:
         return found
     rewrites = found.rewrites
     if rewrites[0].argument_class is not None:
         with contextlib.suppress(_Refusal):
-            rewrites += _rewrite(module, list).rewrites
+            rewrites += _rewrite(module, memory_efficient, list).rewrites
     with _refusing("in a class that cannot be swapped"):
         fused_class = _fused_class(type(module), rewrites)
         object.__setattr__(object.__new__(type(module)), "__class__", fused_class)
     return found._replace(fused_class=fused_class, rewrites=rewrites)
 
 
-def _rewrite(module, argument_class):
+def _rewrite(module, memory_efficient, argument_class):
     """The plan, but for the class, in which an argument is of ``argument_class`` where the forward asks."""
 
     def is_without_hooks(name):
@@ -149,6 +150,8 @@ def _rewrite(module, argument_class):
     bypassed = {step.target for tail in tails for step in tail.all_steps if step.op == "call_module"} | inlined
     for tail in tails:
         _replace(graph, tail)
+        if memory_efficient and tail.consumer:
+            _replace_consumer(graph, tail.consumer)
     with _refusing("its forward cannot be written down"):
         source = _source(graph)
     rewrite = Rewrite(
@@ -173,6 +176,13 @@ def _replace(graph, tail):
     tail.steps[-1].replace_all_uses_with(call)
     for step in reversed(tail.all_steps):
         graph.erase_node(step)
+
+
+def _replace_consumer(graph, consumer):
+    with graph.inserting_before(consumer):
+        call = graph.call_function(call_recomputing, (graph.get_attr(consumer.target), *consumer.all_input_nodes))
+    consumer.replace_all_uses_with(call)
+    graph.erase_node(consumer)
 
 
 def _trace(module, training, inlined, argument_class):

@@ -43,6 +43,7 @@ BLOCKS = "resnet_fused/blocks.py"
 TRACING = "resnet_fused/tracing.py"
 MATCHING = "resnet_fused/matching.py"
 REWRITE = "resnet_fused/rewrite.py"
+RECOMPUTE = "resnet_fused/recompute.py"
 
 FAULTS = [
     Fault("forward drops NaN", KERNELS, "0 > value ? 0 : value", "value > 0 ? value : 0", "edges"),
@@ -142,6 +143,13 @@ FAULTS = [
     Fault("CUDA: batch norms share semaphores", CUDA_GLUE, "device.zeros(count * channels) + i * channels", "device.zeros(count * channels)", "cuda_traffic"),
     Fault("double backward through one of two batch norms", AUTOGRAD, "grad_grad_output = grad_grad_output + grad", "grad_grad_output = grad", "gradients"),
     Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()", "gradients"),
+    Fault("second gradient for what is no tensor", AUTOGRAD, "needs_input_bias &= not training", "needs_input_bias = not training", "gradients"),
+    Fault("edited output recomputed", RECOMPUTE, "== storage and tensor._version == version", "== storage", "recompute"),
+    Fault("edits unnoticed beside a recomputed output", RECOMPUTE, "if tensor._version != version:", "if False:", "recompute"),
+    Fault("hooks around bypassed", RECOMPUTE, "_top_saved_tensors_default_hooks(False) or (_watch, _unchanged)", "_watch, _unchanged", "recompute"),
+    Fault("view of the output taken for it", RECOMPUTE, ".as_strided(*geometry)", "", "recompute"),
+    Fault("saved tensors unpacked twice", AUTOGRAD, "saved, ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None", "saved = ctx.saved_tensors", "recompute"),
+    Fault("CUDA: recomputed by running statistics", CUDA_GLUE, "f.training = true;", "f.training = false;", "recompute"),
     Fault("refusal not explained", AUTOGRAD, "            cls.check(*args)\n            raise", "            raise", "edges"),
     Fault("refused input counted", AUTOGRAD, "            cls.check(*args)\n            raise", "            if args[-5] is not None:\n                args[-5].add_(1)\n            cls.check(*args)\n            raise", "edges"),
     Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),

@@ -19,6 +19,8 @@ RUNS = {
     "overhead-backends": ["--backend", "cpu,eager", *ONE_ROUND],
     "block": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
     "resnet18": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
+    "models": ["--models", "resnet18,timm/resnet18", "--image-size", "32", "--batch-size", "2", *ONE_ROUND]
+    + ["memory_efficient"],
     "train": ["--image-size", "32", "--batch-size", "64", "--steps", "2"],
 }
 ROW = {
@@ -61,6 +63,15 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
         assert row["provider"] != "eager" or row["ratio_to_eager"] == 1
     fused = {"fused, cpu", "fused, eager"} if "--backend" in RUNS[run] else {"fused"}
     assert {"eager"} | fused <= {row["provider"] for row in written["rows"]}
+
+
+def test_the_models_benchmark_counts_what_is_saved(tmp_path):
+    results = tmp_path / "models.json"
+    small = ["--models", "resnet18", "--image-size", "64", "--batch-size", "2", *ONE_ROUND, "memory_efficient"]
+    importlib.import_module("benchmarks.models").main([*small, *ALIKE, "--json", str(results)])
+    saved = {row["provider"]: row["bytes"] for row in json.loads(results.read_text())["saved"]}
+    assert list(saved) == ["eager", "fused", "memory_efficient"]
+    assert saved["memory_efficient"] <= 0.8 * saved["eager"]
 
 
 @pytest.mark.parametrize("name, key", [("shares", "steps"), ("memory", "peaks")])

@@ -27,7 +27,7 @@ OPS = tuple(
     name + suffix
     for name in ("batch_norm_relu", "batch_norm_add_relu", "batch_norm_add_batch_norm_relu")
     for suffix in ("", "_backward")
-)
+) + ("batch_norm_relu_recompute",)
 SHAPES = [(4, 6, 5, 3), (4, 5, 4, 3, 3), (2, 7, 9), (6, 9)]
 
 pytestmark = pytest.mark.skipif(

@@ -32,6 +32,17 @@ def test_launches_and_traffic_are_those_of_the_design(emulation, dtype, layout, 
     assert_within_limits(counted, training, with_residual, launches=(2, 1, 2), of_vectors=0.04)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_recomputing_is_one_launch_that_reads_and_writes_once(emulation, dtype, layout):
+    x = Problem.random((16, 32, 24, 24), dtype, layout, "cpu", False).input
+    statistics = torch.ones(2, 32, dtype=torch.float64)
+    emulation.reset_counters()
+    cuda_on_cpu.ops().batch_norm_relu_recompute(x, None, None, statistics)
+    counters = emulation.counters()
+    assert counters.launches == 1
+    assert 2 * x.nbytes <= counters.bytes_read + counters.bytes_written <= 2.04 * x.nbytes
+
+
 @pytest.mark.parametrize("shape", [(9, 7, 5, 3), (6, 64, 3, 3), (4, 24, 8, 8)], ids=str)
 def test_no_order_of_blocks_and_threads_changes_a_bit(emulation, layout, with_residual, shape):
     problem = Problem.random(shape, torch.float32, layout, "cpu", with_residual)

@@ -442,6 +442,17 @@ def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(backend, device, 
 # Large ----------------------------------------------------------------------------------------------------------------
 
 
+def test_the_recomputing_op_refuses_what_it_would_read_out_of_bounds(backend, device):
+    x, vector, statistics = (torch.ones(shape, device=device) for shape in ((4, 3, 5, 5), 3, (2, 3)))
+    call, statistics = get(backend).ops.batch_norm_relu_recompute, statistics.double()
+    call(x, vector, vector, statistics)
+    for bad in ((vector[:2], vector, statistics), (vector, vector[:2], statistics), (vector, vector, statistics[:1])):
+        with pytest.raises(RuntimeError, match="3,?\\)"):
+            call(x, *bad)
+    with pytest.raises(RuntimeError, match="float64"):
+        call(x, vector, vector, statistics.float())
+
+
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(backend, device, layout):
     """All rows of an image are alike, so that one row of each has the same statistics and gradients. Takes 17 GB."""

@@ -45,6 +45,13 @@ def test_gradgradcheck(backend, device, layout, shape, training, with_residual):
     assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True)
 
 
+def test_gradgradcheck_without_biases_and_weights(backend, device, training, with_residual):
+    problem = Problem.random(SHAPES[0], torch.float64, device=device, residual=with_residual)
+    for names in ((), ("weight", "bias", "residual_weight", "residual_bias")):
+        call, leaves = _call(problem.with_(**dict.fromkeys(names)), training)
+        assert gradgradcheck(call, leaves)
+
+
 def _raw_calls(problem, ops, training):
     """(op, arguments) of the raw ops; requires_grad nowhere, as autograd lies above them."""
     vectors = (problem.weight, problem.bias, problem.weight.clone())
@@ -61,6 +68,7 @@ def _raw_calls(problem, ops, training):
             (g, x, output if mask is None else mask, *vectors, statistics, training, True, True, True, True, True),
         ),
         (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
+        (ops.batch_norm_relu_recompute, (x, *vectors[:2], statistics)),
         (ops.batch_norm_add_batch_norm_relu, (*norms, training)),
         (
             ops.batch_norm_add_batch_norm_relu_backward,
@@ -70,7 +78,8 @@ def _raw_calls(problem, ops, training):
     ]
 
 
-OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "add_batch_norm_relu", "add_batch_norm_relu_backward")
+OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "relu_recompute")
+OPS += ("add_batch_norm_relu", "add_batch_norm_relu_backward")
 
 
 @pytest.mark.parametrize("index", range(len(OPS)), ids=OPS)

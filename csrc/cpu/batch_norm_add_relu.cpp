@@ -16,6 +16,7 @@ namespace {
 struct Cpu {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
+  static Tensor recompute(const NormBackwardArguments&);
 };
 
 Plan plan_of(const Tensor& input, MemoryFormat format) {
@@ -306,6 +307,23 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   };
   for_each_chunk_twice(plan, reduce, finish, normalize);
   return results;
+}
+
+Tensor Cpu::recompute(const NormBackwardArguments& a) {
+  STD_TORCH_CHECK(a.input.is_cpu(), "input: expected a CPU tensor");
+  const MemoryFormat format = memory_format(a.input);
+  const Tensor output = empty_like(a.input, format);
+  if (a.input.numel() == 0) return output;
+  const Tensor dense = as_format(a.input, format);
+  const Plan plan = plan_of(a.input, format);
+  const ElementType type = element_type(a.input);
+  const auto* means = static_cast<const double*>(a.statistics.data_ptr());
+  CoefficientBuffer coefficients(plan.channels, type, PerChannel(a.weight, 1), PerChannel(a.bias, 0));
+  coefficients.set(0, plan.channels, means, means + plan.channels);
+  for_each_chunk(plan, [&](Work work) {
+    kernels(type).normalize(plan, work, coefficients.forward(), dense.data_ptr(), nullptr, nullptr, output.data_ptr());
+  });
+  return output;
 }
 
 // ---- Backward ----

@@ -13,6 +13,7 @@ namespace {
 struct Cuda {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
+  static Tensor recompute(const NormBackwardArguments&);
 };
 
 bool is_aligned(std::initializer_list<const void*> pointers) {
@@ -102,6 +103,26 @@ ForwardResults Cuda::forward(const ForwardArguments& a) {
   cuda::forward(f, device.stream());
   device.check_written();
   return results;
+}
+
+Tensor Cuda::recompute(const NormBackwardArguments& a) {
+  const Device device(a.input);
+  const MemoryFormat format = memory_format(a.input);
+  const Tensor output = empty_like(a.input, format);
+  if (a.input.numel() == 0) return output;
+  const Tensor dense = as_format(a.input, format);
+
+  Forward f{};
+  f.type = element_type(a.input), f.count = 1, f.output = output.data_ptr();
+  f.training = true;  // where normalize takes the statistics that are there, of a frozen batch norm, too
+  f.plan = plan_of(extents_of(a.input, format), static_cast<int>(a.input.element_size()),
+                   is_aligned({dense.data_ptr(), f.output}), device.multiprocessors());
+  f.norms[0].input = dense.data_ptr(), f.norms[0].statistics = static_cast<double*>(a.statistics.data_ptr());
+  f.norms[0].weight = channel_vector(a.weight), f.norms[0].bias = channel_vector(a.bias);
+  device.expect_written(output);
+  cuda::recompute(f, device.stream());
+  device.check_written();
+  return output;
 }
 
 BackwardResults Cuda::backward(const BackwardArguments& a) {

@@ -766,6 +766,12 @@ void forward(const Forward& f, cudaStream_t stream) {
   });
 }
 
+void recompute(const Forward& f, cudaStream_t stream) {
+  with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
+    launch(normalize<decltype(element), width.value, Residual::none>, f.plan.blocks(), block_of(f.plan), stream, f);
+  });
+}
+
 void backward(const Backward& b, cudaStream_t stream) {
   if (b.mask != nullptr) {
     backward_with<Mask::bits>(b, stream);

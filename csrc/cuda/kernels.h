@@ -71,6 +71,8 @@ struct Backward {
 
 // Launches on the current device. In training two kernels, in eval one.
 void forward(const Forward&, cudaStream_t);
+// The second of training's kernels alone, without a residual: statistics are read, the running ones absent.
+void recompute(const Forward&, cudaStream_t);
 // Two kernels, or the one that is needed.
 void backward(const Backward&, cudaStream_t);
 

@@ -36,6 +36,7 @@ _SCHEMAS = (
     f"batch_norm_relu(Tensor input, {_NORM}, {_RUNNING}, {_OPTIONS}) -> (Tensor output, Tensor statistics)",
     f"batch_norm_relu_backward(Tensor grad_output, Tensor input, {_NORM}, Tensor statistics, bool training, "
     f"bool need_input, {_NEEDS}) -> (Tensor grad_input, {_GRADIENTS})",
+    "batch_norm_relu_recompute(Tensor input, Tensor? weight, Tensor? bias, Tensor statistics) -> Tensor output",
     f"batch_norm_add_batch_norm_relu(Tensor input, {_NORM}, {_RUNNING}, float? momentum, float eps, Tensor residual, "
     f"{_of_residual(_NORM)}, {_of_residual(_RUNNING)}, float? residual_momentum, float residual_eps, bool training) "
     "-> (Tensor output, Tensor statistics, Tensor residual_statistics, Tensor mask)",

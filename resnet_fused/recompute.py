@@ -1,0 +1,57 @@
+"""Keep no output of batch_norm_relu for backward: what consumes it saves how to compute it again."""
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch._C._autograd import _saved_tensors_hooks_is_enabled, _top_saved_tensors_default_hooks
+from torch.autograd.graph import saved_tensors_hooks
+from torch.compiler import is_compiling
+
+from .autograd import BatchNormReLU
+
+
+def recomputing(output):
+    """A context for the call that consumes ``output``: of what it saves for backward, ``output`` is recomputed there.
+
+    Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, the context does nothing.
+    Under torch.compile neither: its partitioner decides what is saved. Nor where hooks on saved tensors are refused, as
+    under torch.func.
+    """
+    if is_compiling() or not _saved_tensors_hooks_is_enabled() or not BatchNormReLU.has_made(output):
+        return nullcontext()
+    node = output.grad_fn
+    # Only the innermost hooks are called: those around (checkpointing's, an offload's) get all other tensors from here.
+    pack_other, unpack_other = _top_saved_tensors_default_hooks(False) or (_watch, _unchanged)
+    storage, version = output.untyped_storage()._cdata, output._version  # numbers: a reference would keep the output
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata == storage and tensor._version == version:
+            return partial(_recomputed, node, tensor.size(), tensor.stride(), tensor.storage_offset())
+        return partial(unpack_other, pack_other(tensor))
+
+    return saved_tensors_hooks(pack, _call)
+
+
+def _call(function):
+    return function()
+
+
+def _recomputed(node, *geometry):
+    with torch.no_grad():
+        return BatchNormReLU.recompute(node).as_strided(*geometry)
+
+
+def _watch(tensor):
+    return tensor, tensor._version
+
+
+def _unchanged(packed):
+    """The tensor, if nobody has edited it: under hooks autograd looks no longer."""
+    tensor, version = packed
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {version}"
+        )
+    return tensor
