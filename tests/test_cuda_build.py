@@ -188,7 +188,7 @@ def test_a_resnet_18_runs(fake_cuda, layout, training):
 CALL = """
 import torch, resnet_fused
 from resnet_fused import __main__, functional
-assert resnet_fused.available_backends() == ["cpu", "eager"], resnet_fused.available_backends()
+assert resnet_fused.available_backends() == ["cpu", "triton", "eager"], resnet_fused.available_backends()
 functional.batch_norm_relu(torch.randn(4, 3), None, None, training=True)
 print(__main__.report())
 """
@@ -232,4 +232,4 @@ def test_it_needs_the_ops_that_the_cpu_extension_declares():
     )
     done = _subprocess("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("['eager'] its ops are declared by the CPU's extension, and")
+    assert done.stdout.startswith("['triton', 'eager'] its ops are declared by the CPU's extension, and")
