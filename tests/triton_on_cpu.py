@@ -1,4 +1,4 @@
-"""Triton's interpreter, made to round as GPUs do, and to count what the kernels launch and move."""
+"""Triton's interpreter, made to convert as GPUs do, and to count what the kernels launch and move."""
 
 from types import SimpleNamespace
 
@@ -9,17 +9,20 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
-def round_as_gpus_do():
-    """float32 to bfloat16 to the nearest, ties to even; the interpreter cuts off."""
-    cut_off = InterpreterBuilder.create_fp_trunc
+def convert_as_gpus_do():
+    """float32 to bfloat16 to the nearest, ties to even, and back. The interpreter cuts off, and misreads subnormals."""
+    convert = InterpreterBuilder.cast_impl
 
-    def create_fp_trunc(self, source, type):
-        if source.dtype.scalar != tl.float32 or type.scalar != tl.bfloat16:
-            return cut_off(self, source, type)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
-        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), type.scalar)
+    def cast_impl(self, source, type):
+        types = source.dtype.scalar, type.scalar
+        if types == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return convert(self, source, type)
 
-    InterpreterBuilder.create_fp_trunc = create_fp_trunc
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 @pytest.fixture
