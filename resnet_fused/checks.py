@@ -25,15 +25,29 @@ def check_like_input(name, tensor, input):
         )
 
 
-def _refuse_vector(name, vector, input):
-    channels = input.shape[1]
-    if vector.shape != (channels,):
-        raise ValueError(
-            f"{name}: expected shape ({channels},), one value per channel of the input, got {tuple(vector.shape)}"
-        )
-    check_device(name, vector, input)
-    expected = " or ".join(map(str, _VECTOR_TYPES[input.dtype]))
-    raise TypeError(f"{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
+def _check_input(input):
+    if input.dtype not in _VECTOR_TYPES:
+        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
+    if input.shape[1] == 0:
+        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
+
+
+def _check_vectors(input, prefix, **vectors):
+    channels, types = input.shape[1], _VECTOR_TYPES[input.dtype]
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"{prefix}{name}: expected shape ({channels},), one value per channel of the input, "
+                f"got {tuple(vector.shape)}"
+            )
+        check_device(prefix + name, vector, input)
+        if vector.dtype not in types:
+            expected = " or ".join(map(str, types))
+            raise TypeError(f"{prefix}{name}: expected {expected} for an input of {input.dtype}, got {vector.dtype}")
 
 
 def check_residual(residual, input):
@@ -53,25 +67,16 @@ def check_arguments(
     The raw ops refuse the same, in fewer words: on the hot path they check, and this explains. ``prefix``: of the names
     of a batch norm's arguments.
     """
-    vector_types = _VECTOR_TYPES.get(input.dtype)
-    if vector_types is None:
-        raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dim() < 2:
-        raise ValueError(f"input: expected at least 2 dimensions, (N, C, *), got shape {tuple(input.shape)}")
-    channels, device = input.shape[1], input.device
-    if channels == 0:
-        raise ValueError(f"input: expected at least one channel, got shape {tuple(input.shape)}")
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("input_bias", input_bias),
-    ):
-        if vector is not None and not (
-            vector.shape == (channels,) and vector.dtype in vector_types and vector.device == device
-        ):
-            _refuse_vector(prefix + name, vector, input)
+    _check_input(input)
+    _check_vectors(
+        input,
+        prefix,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        input_bias=input_bias,
+    )
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"
         raise ValueError(
@@ -89,13 +94,26 @@ def check_arguments(
     if training:
         if not eps > 0:
             raise ValueError(f"{prefix}eps: expected a number > 0 where batch statistics are used, got {eps}")
-        if input.numel() == channels:
+        if input.numel() == input.shape[1]:
             raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
     else:
         if not eps >= 0:
             raise ValueError(f"{prefix}eps: expected a number >= 0, got {eps}")
         if running_mean is None:
             raise ValueError(f"{prefix}running_mean, {prefix}running_var: expected both where training=False, got None")
+
+
+def check_of_forward(input, weight, bias, input_bias, statistics, prefix="") -> None:
+    """What a backward, or a recomputation, gets of a batch norm beside its input."""
+    _check_input(input)
+    _check_vectors(input, prefix, weight=weight, bias=bias, input_bias=input_bias)
+    check_device(f"{prefix}statistics", statistics, input)
+    shape = (2, input.shape[1])
+    if statistics.shape != shape or statistics.dtype != torch.float64 or not statistics.is_contiguous():
+        raise ValueError(
+            f"{prefix}statistics: expected a contiguous float64 tensor of shape {shape}, "
+            f"got {tuple(statistics.shape)} of {statistics.dtype}"
+        )
 
 
 def check_batch_norms(input, *arguments) -> None:

@@ -34,6 +34,22 @@ def new_per_channel(input, parameter, needed):
     return input.new_empty(input.shape[1], dtype=torch.float64 if parameter is None else parameter.dtype)
 
 
+def new_gradients(like, weight, bias, input_bias, need_input, need_weight, need_bias, need_input_bias):
+    """Of one batch norm: its input's, dense as the output of ``like`` is, and its vectors'; None where not needed."""
+    return (
+        new_like_input(like, need_input),
+        new_per_channel(like, weight, need_weight),
+        new_per_channel(like, bias, need_bias),
+        new_per_channel(like, input_bias, need_input_bias),
+    )
+
+
+def mask_shape(input):
+    """Rows, and bytes of each."""
+    rows, columns = matrix_shape(input)
+    return rows, -(-columns // 8)
+
+
 def matrix_shape(input):
     """Rows and columns of the dense input as csrc/ops.cpp takes it for a mask."""
     if memory_format_of(input) == torch.contiguous_format:
@@ -60,8 +76,7 @@ def _mask(masking, input, training):
     """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
     if not training or input.device.type not in masking:
         return None
-    rows, columns = matrix_shape(input)
-    return input.new_empty((rows, -(-columns // 8)), dtype=torch.uint8)
+    return input.new_empty(mask_shape(input), dtype=torch.uint8)
 
 
 def _batch_norm_add_relu(masking, input, residual, *arguments):
@@ -75,25 +90,8 @@ def _batch_norm_add_batch_norm_relu(masking, input, *arguments):
     return new_like_input(input), *statistics, _mask(masking, input, training=arguments[-1])
 
 
-def _batch_norm_relu_backward(
-    grad_output,
-    input,
-    weight,
-    bias,
-    input_bias,
-    statistics,
-    training,
-    need_input,
-    need_weight,
-    need_bias,
-    need_input_bias,
-):
-    return (
-        new_like_input(input, need_input),
-        new_per_channel(input, weight, need_weight),
-        new_per_channel(input, bias, need_bias),
-        new_per_channel(input, input_bias, need_input_bias),
-    )
+def _batch_norm_relu_backward(grad_output, input, weight, bias, input_bias, statistics, training, *needed):
+    return new_gradients(input, weight, bias, input_bias, *needed)
 
 
 def _batch_norm_relu_recompute(input, weight, bias, statistics):
@@ -103,18 +101,14 @@ def _batch_norm_relu_recompute(input, weight, bias, statistics):
 def _batch_norm_add_relu_backward(
     grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
 ):
-    grad_input, *grad_vectors = _batch_norm_relu_backward(
-        grad_output, input, weight, bias, input_bias, statistics, training, need_input, *needed
-    )
+    grad_input, *grad_vectors = new_gradients(input, weight, bias, input_bias, need_input, *needed)
     return grad_input, new_like_input(input, need_residual), *grad_vectors
 
 
 def _batch_norm_add_batch_norm_relu_backward(grad_output, mask, input, *arguments):
-    def gradients(vectors, need_input, *needed):
-        return new_like_input(input, need_input), *map(partial(new_per_channel, input), vectors, needed)
-
     needed = arguments[10:]
-    return *gradients(arguments[:3], *needed[:4]), *gradients(arguments[5:8], *needed[4:])
+    of_input = new_gradients(input, *arguments[:3], *needed[:4])
+    return *of_input, *new_gradients(input, *arguments[5:8], *needed[4:])
 
 
 class Ops(NamedTuple):

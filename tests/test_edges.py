@@ -439,18 +439,43 @@ def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(backend, device, 
             call(x, *((x,) if residual else ()), *bad)
 
 
-# Large ----------------------------------------------------------------------------------------------------------------
-
-
 def test_the_recomputing_op_refuses_what_it_would_read_out_of_bounds(backend, device):
     x, vector, statistics = (torch.ones(shape, device=device) for shape in ((4, 3, 5, 5), 3, (2, 3)))
     call, statistics = get(backend).ops.batch_norm_relu_recompute, statistics.double()
     call(x, vector, vector, statistics)
     for bad in ((vector[:2], vector, statistics), (vector, vector[:2], statistics), (vector, vector, statistics[:1])):
-        with pytest.raises(RuntimeError, match="3,?\\)"):
+        with pytest.raises((RuntimeError, ValueError), match="3,?\\)"):
             call(x, *bad)
-    with pytest.raises(RuntimeError, match="float64"):
+    with pytest.raises((RuntimeError, ValueError), match="float64"):
         call(x, vector, vector, statistics.float())
+
+
+def test_the_backward_ops_refuse_what_they_would_read_out_of_bounds(backend, device, with_residual):
+    """Each tensor in turn with its last channel, or its last bytes, left out."""
+    ops, x, vector = get(backend).ops, torch.randn(4, 3, 5, 5, device=device), torch.ones(3, device=device)
+    statistics = torch.ones(2, 3, device=device, dtype=torch.float64)
+    tensors = {"weight": vector, "bias": vector, "input_bias": vector, "statistics": statistics}
+    if with_residual == "normalized":
+        of_residual = {f"residual_{name}": tensor for name, tensor in tensors.items()}
+        arguments = {"grad_output": x, "mask": x, "input": x, **tensors, "residual": x, **of_residual}
+        call, options = ops.batch_norm_add_batch_norm_relu_backward, (True,) * 9
+    elif with_residual:
+        arguments = {"grad_output": x, "input": x, "mask": x, **tensors}
+        call, options = ops.batch_norm_add_relu_backward, (True,) * 6
+    else:
+        arguments = {"grad_output": x, "input": x, **tensors}
+        call, options = ops.batch_norm_relu_backward, (True,) * 5
+    call(*arguments.values(), *options)
+    for name in arguments.keys() - {"input"}:
+        short = arguments[name][..., :-1].contiguous()
+        with pytest.raises((RuntimeError, ValueError), match=name):
+            call(*(arguments | {name: short}).values(), *options)
+    if "mask" in arguments:
+        with pytest.raises((RuntimeError, ValueError), match="mask"):
+            call(*(arguments | {"mask": torch.zeros(2, 3, dtype=torch.uint8, device=device)}).values(), *options)
+
+
+# Large ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

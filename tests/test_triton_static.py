@@ -64,7 +64,7 @@ def _compile(architecture, kernel, programs, warps, *arguments):
     target = GPUTarget("cuda", architecture, 32)
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = bind(*arguments, num_warps=warps, enable_fp_fusion=False)
+    bound, specialization, options = bind(*arguments, num_warps=warps, **glue.OPTIONS)
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
     source = ASTSource(kernel, signature, constants, attributes)
     key = source.hash(), warps, architecture
@@ -80,9 +80,13 @@ def _instructions(asm, folder):
     return code
 
 
+def _spills(code):
+    return [f"{i.operation}: a spill" for i in code if i.is_one_of("LDL", "STL")]
+
+
 def _faults(code, expected):
     """What is not as it should be: spills, and accesses in the loops over rows of less than 16 bytes."""
-    faults = [f"{i.operation}: a spill" for i in code if i.is_one_of("LDL", "STL")]
+    faults = _spills(code)
     loads = stores = 0
     for i in {i for loop in loops_of(code) for i in loop}:
         if not is_global(code[i]):
@@ -97,13 +101,16 @@ def _faults(code, expected):
     return faults
 
 
-@pytest.mark.skipif(NVDISASM is None, reason="there is no nvdisasm: it comes with CUDA or triton")
+needs_nvdisasm = pytest.mark.skipif(NVDISASM is None, reason="there is no nvdisasm: it comes with CUDA or triton")
+
+
+@needs_nvdisasm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch, tmp_path, architecture, dtype, layout):
     found = {}
     for channels, height in ACTIVATIONS:
-        for with_residual in (True, False) if height == 24 else (True,):
+        for with_residual in (True, "normalized", False) if height == 24 else (True,):
             for launch in _launches(monkeypatch, (128, channels, height, height), dtype, layout, with_residual):
                 name = launch[0].fn.__name__
                 asm = _compile(architecture, *launch)
@@ -120,10 +127,11 @@ def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch,
     assert found == {}
 
 
+@needs_nvdisasm
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_the_other_types_compile(monkeypatch, dtype, layout, with_residual):
+def test_the_other_types_compile_without_a_spill(monkeypatch, tmp_path, dtype, layout, with_residual):
     for launch in _launches(monkeypatch, (128, 64, 24, 24), dtype, layout, with_residual):
-        assert _compile(90, *launch)["cubin"]
+        assert _spills(_instructions(_compile(90, *launch), tmp_path)) == []
 
 
 # ---- The plan ----

@@ -6,8 +6,8 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from ..checks import check_arguments, check_batch_norms, check_device, check_like_input
-from ..ops import matrix_shape, memory_format_of, new_like_input, new_per_channel, new_statistics
+from ..checks import check_arguments, check_batch_norms, check_device, check_like_input, check_of_forward
+from ..ops import mask_shape, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
 from . import kernels
 from .kernels import Matrix, Norm, Tail
 from .plan import ceil_div, make_plan
@@ -16,9 +16,17 @@ from .plan import ceil_div, make_plan
 _VANISHING = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 0.0, torch.float64: 0.0}
 
 
-def launch(kernel, programs, warps, *arguments):
+OPTIONS = {
     # No contraction but where a kernel says so: the mask's bits and a recomputed mask are to be the same.
-    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
+    "enable_fp_fusion": False,
+    # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four warps
+    # are on a multiprocessor at a time, and have some 64 KiB of loads under way.
+    "maxnreg": 128,
+}
+
+
+def launch(kernel, programs, warps, *arguments):
+    kernel[(programs,)](*arguments, num_warps=warps, **OPTIONS)
 
 
 def _on(device):
@@ -67,11 +75,10 @@ def _take_statistics(x, norm, momentum, eps, plan, matrix):
 def _forward(input, residual, norms, training):
     """(output, statistics of each norm, mask). ``norms``: of the input, and, maybe, of the residual, each
     (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps)."""
-    rows, columns = matrix_shape(input)
     output, mask = new_like_input(input), None
     statistics = [new_statistics(input) for _ in norms]
     if training and residual is not None:
-        mask = input.new_empty((rows, ceil_div(columns, 8)), dtype=torch.uint8)
+        mask = input.new_empty(mask_shape(input), dtype=torch.uint8)
     if input.numel() == 0:  # nothing to normalise: the statistics that come back are never used
         for *_, num_batches_tracked, _, _ in norms:
             if training and num_batches_tracked is not None:
@@ -79,7 +86,7 @@ def _forward(input, residual, norms, training):
         return output, *(of_norm.zero_() for of_norm in statistics), mask
 
     x, r = _dense(input, input, residual)
-    plan, matrix = _plan(rows, columns, input.shape[1], input.dtype)
+    plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
     dense_norms = [_norm(of_norm, *norm[:6]) for of_norm, norm in zip(statistics, norms, strict=True)]
     with _on(input.device):
         if training:
@@ -111,9 +118,8 @@ def _check_backward(grad_output, input, mask):
         check_like_input("mask", mask, input)
         return None, mask
     check_device("mask", mask, input)
-    rows, columns = matrix_shape(input)
-    if mask.shape != (rows, ceil_div(columns, 8)):
-        raise ValueError(f"mask: expected shape {(rows, ceil_div(columns, 8))}, got {tuple(mask.shape)}")
+    if mask.shape != mask_shape(input):
+        raise ValueError(f"mask: expected shape {mask_shape(input)}, got {tuple(mask.shape)}")
     return mask.contiguous(), None
 
 
@@ -137,18 +143,15 @@ def _backward(
     decides, ``input`` by default."""
     like = input if like is None else like
     mask, output = _check_backward(grad_output, like, mask)
-    check_device("statistics", statistics, input)
-    grad_input, grad_residual = new_like_input(like, need_input), new_like_input(like, need_residual)
-    grad_weight = new_per_channel(input, weight, need_weight)
-    grad_bias = new_per_channel(input, bias, need_bias)
-    grad_input_bias = new_per_channel(input, input_bias, need_input_bias)
-    grad_vectors = grad_weight, grad_bias, grad_input_bias
+    check_of_forward(input, weight, bias, input_bias, statistics)
+    needs = need_input, need_weight, need_bias, need_input_bias
+    grad_input, *grad_vectors = new_gradients(like, weight, bias, input_bias, *needs)
+    grad_residual = new_like_input(like, need_residual)
     gradients = grad_input, grad_residual, *grad_vectors
     if input.numel() == 0:
         return tuple(None if grad is None else grad.zero_() for grad in gradients)
 
-    rows, columns = matrix_shape(like)
-    plan, matrix = _plan(rows, columns, input.shape[1], input.dtype)
+    plan, matrix = _plan(*matrix_shape(like), input.shape[1], input.dtype)
     norm = _norm(statistics, weight, bias, input_bias)
     dy, x, y = _dense(like, grad_output, input, output)
     is_recomputed = mask is None and y is None
@@ -187,7 +190,7 @@ def batch_norm_relu_backward(
 
 def batch_norm_relu_recompute(input, weight, bias, statistics):
     """The output of batch_norm_relu, once more, bit for bit: by the same kernel."""
-    check_device("statistics", statistics, input)
+    check_of_forward(input, weight, bias, None, statistics)
     output = new_like_input(input)
     if input.numel() > 0:
         (x,) = _dense(input, input)
@@ -216,12 +219,14 @@ def batch_norm_add_batch_norm_relu(input, *arguments):
 
 
 def batch_norm_add_batch_norm_relu_backward(grad_output, mask, *arguments):
-    of_norms, training, needed = (arguments[:5], arguments[5:10]), arguments[10], arguments[11:]
+    norms, training, needed = (arguments[:5], arguments[5:10]), arguments[10], arguments[11:]
+    input, residual = (tensor for tensor, *_ in norms)
+    check_like_input("residual", residual, input)
+    check_of_forward(residual, *norms[1][1:], "residual_")
     gradients = []
-    for i, (input, *norm) in enumerate(of_norms):
-        need_input, *need_vectors = needed[4 * i : 4 * i + 4]
-        grad_input, _, *grad_vectors = _backward(
-            grad_output, input, mask, *norm, training, need_input, False, *need_vectors, like=arguments[0]
+    for (tensor, *norm), (need_tensor, *need_vectors) in zip(norms, (needed[:4], needed[4:]), strict=True):
+        grad_tensor, _, *grad_vectors = _backward(
+            grad_output, tensor, mask, *norm, training, need_tensor, False, *need_vectors, like=input
         )
-        gradients += grad_input, *grad_vectors
+        gradients += grad_tensor, *grad_vectors
     return tuple(gradients)
