@@ -25,6 +25,7 @@ $(BUILT): $(SOURCES)
 test: setup
 	$(BIN)/python -m resnet_fused
 	$(BIN)/python -m pytest -m "not slow" -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -n 2 -k triton
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
