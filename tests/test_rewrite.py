@@ -734,10 +734,14 @@ def test_it_exports(strict):
     torch.testing.assert_close(exported.module()(make_input(1)), plain(make_input(1)), rtol=0, atol=1e-12)
 
 
-def test_unfused_it_exports_to_onnx(tmp_path):
-    pytest.importorskip("onnx")
+def test_unfused_it_exports_to_onnx():
+    reference = pytest.importorskip("onnx.reference")
     pytest.importorskip("onnxscript")
     block = make_block().eval()
     fuse(block)
+    with pytest.raises(torch.onnx.OnnxExporterError, match="resnet_fused"):
+        torch.onnx.export(block, (make_input(),), dynamo=True)
     unfuse(block)
-    torch.onnx.export(block, (make_input(),), str(tmp_path / "block.onnx"), dynamo=True)
+    exported, X = torch.onnx.export(block, (make_input(),), dynamo=True).model_proto, make_input(1)
+    (actual,) = reference.ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: X.numpy()})
+    torch.testing.assert_close(torch.from_numpy(actual), block(X).detach(), rtol=0, atol=1e-9)
