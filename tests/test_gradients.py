@@ -7,10 +7,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from resnet_fused import functional
 from resnet_fused.backend import get
 from resnet_fused.ops import unpack_mask
+from resnet_fused.triton_kernels import IS_INTERPRETED
 
 from .problem import Problem, in_layout
 
 SHAPES = [(4, 3, 3, 2), (12, 3), (3, 3, 2, 2, 2)]
+# Of an interpreted kernel in one random direction: in each of them a test takes minutes.
+FAST = {"fast_mode": IS_INTERPRETED}
 
 
 def _call(problem, training=True):
@@ -36,20 +39,20 @@ def test_gradcheck(backend, device, layout, shape, training, with_residual):
     call, leaves = _call(_problem(shape, layout, device, with_residual), training)
     share = (call(*leaves) == 0).double().mean().item()
     assert 0.3 <= share <= 0.7
-    assert gradcheck(call, leaves)  # by default against random output gradients
+    assert gradcheck(call, leaves, **FAST)  # by default against random output gradients
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradgradcheck(backend, device, layout, shape, training, with_residual):
     call, leaves = _call(_problem(shape, layout, device, with_residual), training)
-    assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True)
+    assert gradgradcheck(call, leaves, gen_non_contig_grad_outputs=True, **FAST)
 
 
 def test_gradgradcheck_without_biases_and_weights(backend, device, training, with_residual):
     problem = Problem.random(SHAPES[0], torch.float64, device=device, residual=with_residual)
     for names in ((), ("weight", "bias", "residual_weight", "residual_bias")):
         call, leaves = _call(problem.with_(**dict.fromkeys(names)), training)
-        assert gradgradcheck(call, leaves)
+        assert gradgradcheck(call, leaves, **FAST)
 
 
 def _raw_calls(problem, ops, training):
