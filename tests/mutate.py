@@ -114,7 +114,6 @@ FAULTS = [
     Fault("Triton: mask not of y as stored", TRITON, "_passes(y.to(matrix.ACC), 0)", "_passes(value, 0)", "edges"),
     Fault("Triton: recomputed mask not of y as stored", TRITON, "tail.VANISHING)", "0)", "edges"),
     Fault("Triton: mask's bits the wrong way round", TRITON, "bits << tl.arange(0, 8)", "bits << 7 - tl.arange(0, 8)", "gradients"),
-    Fault("Triton: mask's bits beyond the columns", TRITON, "_passes(y.to(matrix.ACC), 0) & valid", "_passes(y.to(matrix.ACC), 0) | ~valid", "gradients"),
     Fault("Triton: rows past the end summed", TRITON, "total = tl.where(left[:, None], new_total, total)", "total = new_total"),
     Fault("Triton: columns past the end stored", TRITON, "tl.store(output + at, y, mask=valid)", "tl.store(output + at, y, mask=(row < row_end)[:, None])"),
     Fault("Triton: stale partial sums", TRITON, "* matrix.splits + split\n", "* matrix.splits\n"),

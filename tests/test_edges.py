@@ -115,7 +115,7 @@ def test_a_constant_channel_has_variance_zero(backend, device, layout, with_resi
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
-@pytest.mark.parametrize("position", [(0, 0), (3, 5)], ids=["first", "last"])
+@pytest.mark.parametrize("position", [(0, 0), (3, 5), ([0, 3], [0, 5])], ids=["first", "last", "both"])
 def test_nan_or_inf_in_one_channel_stays_there(backend, device, layout, training, with_residual, value, position):
     problem = Problem.random((4, 5, 6, 6), torch.float32, layout, device, with_residual, training=training)
     clean = problem.run()
@@ -129,6 +129,20 @@ def test_nan_or_inf_in_one_channel_stays_there(backend, device, layout, training
             torch.testing.assert_close(actual[name][channels], clean[name][channels], rtol=0, atol=0)
             assert torch.equal(actual[name].isnan().cpu(), expected[name].isnan()), name
             assert torch.equal(actual[name].isinf().cpu(), expected[name].isinf()), name
+
+
+def test_vectors_of_any_stride_are_read_and_updated_where_they_are(backend, device, training, with_residual):
+    problem = Problem.random((4, 3, 5, 5), device=device, residual=with_residual, training=training).with_input_bias()
+    arguments = {name: getattr(problem, name) for name in (*Problem.DIFFERENTIABLE, *Problem.RUNNING)}
+    vectors = {name: tensor for name, tensor in arguments.items() if tensor is not None and tensor.dim() == 1}
+    spaced = {name: torch.stack([vector, torch.full_like(vector, 7)], 1) for name, vector in vectors.items()}
+    arguments |= {name: both[:, 0] for name, both in spaced.items()} | problem.options
+    actual, expected = {"output": problem.call(functional, arguments)}, problem.reference()
+    for name, value in (
+        actual | {name: both[:, 0] for name, both in spaced.items() if name in problem.RUNNING}
+    ).items():
+        assert_close(value, expected[name], torch.float32, name=name)
+    assert all((both[:, 1] == 7).all() for both in spaced.values())
 
 
 def _ties(device, dtype, layout):
