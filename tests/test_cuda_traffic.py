@@ -29,7 +29,9 @@ def emulation():
 def test_launches_and_traffic_are_those_of_the_design(emulation, dtype, layout, training, with_residual):
     problem = Problem.random((16, 32, 24, 24), dtype, layout, "cpu", with_residual, training=training)
     counted = passes(cuda_on_cpu.ops(), problem, emulation.counters, emulation.reset_counters)
-    assert_within_limits(counted, training, with_residual, launches=(2, 1, 2), of_vectors=0.04)
+    # Of two batch norms neighbouring blocks read gradient and mask for one each: L2 is to have the second reads.
+    read_again = {True: 2.1, False: 4.0}[training] if with_residual == "normalized" else 0
+    assert_within_limits(counted, training, with_residual, (2, 1, 2), of_vectors=0.04, read_again=read_again)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -46,7 +46,7 @@ def test_launches_and_traffic_are_those_of_the_design(counters, with_programs, d
         counted,
         training,
         with_residual,
-        launches=(5, 1, 6) if with_residual == "normalized" else (3, 1, 3),
+        launches=(3, 1, 3),
         of_vectors=0.06,
     )
 

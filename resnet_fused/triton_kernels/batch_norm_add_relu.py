@@ -1,6 +1,7 @@
 """relu(batch_norm(input) [+ residual, or + batch_norm(residual)]): tensors in, kernels launched, tensors out."""
 
 import contextlib
+import itertools
 from functools import lru_cache
 
 import torch
@@ -9,24 +10,27 @@ import triton.language as tl
 from ..checks import check_arguments, check_batch_norms, check_device, check_like_input, check_of_forward
 from ..ops import mask_shape, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
 from . import kernels
-from .kernels import Matrix, Norm, Tail
+from .kernels import Gradients, Matrix, Norm, Tail
 from .plan import ceil_div, make_plan
 
 # The largest value that is stored as 0.
 _VANISHING = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 0.0, torch.float64: 0.0}
 
 
-OPTIONS = {
-    # No contraction but where a kernel says so: the mask's bits and a recomputed mask are to be the same.
-    "enable_fp_fusion": False,
-    # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four warps
-    # are on a multiprocessor at a time, and have some 64 KiB of loads under way.
-    "maxnreg": 128,
-}
+def launch(kernel, grid, options, *arguments):
+    kernel[grid](*arguments, **options)
 
 
-def launch(kernel, programs, warps, *arguments):
-    kernel[(programs,)](*arguments, num_warps=warps, **OPTIONS)
+def _options(warps, takes_both=False):
+    """For the compiler. ``takes_both``: a backward pass that takes two batch norms at once."""
+    return {
+        "num_warps": warps,
+        # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four
+        # warps are on a multiprocessor at a time, with 168 three, and have some 64 KiB of loads under way.
+        "maxnreg": 168 if takes_both else 128,
+        # No contraction but where a kernel says so: the mask's bits and a recomputed mask are to be the same.
+        "enable_fp_fusion": False,
+    }
 
 
 def _on(device):
@@ -38,7 +42,7 @@ def _on(device):
 def _plan(rows, columns, channels, dtype):
     """The plan, and what the kernels get of it."""
     plan = make_plan(rows, channels, columns // channels, dtype.itemsize)
-    largest = max(plan.tiles * plan.block_x, 2 * plan.channels * plan.partials)
+    largest = max(plan.tiles * plan.block_x, 4 * plan.channels * plan.partials)
     matrix = Matrix(
         plan.rows,
         plan.columns // plan.width,
@@ -59,17 +63,13 @@ def _scratch(input, *sizes):
     return input.new_empty(sizes, dtype=torch.float64 if input.dtype == torch.float64 else torch.float32)
 
 
-def _norm(statistics, *vectors):
-    return Norm(statistics, *(None if vector is None else vector.contiguous() for vector in vectors))
+def _norm(x, statistics, *vectors):
+    return Norm(x, statistics, *(None if vector is None else vector.contiguous() for vector in vectors))
 
 
-def _take_statistics(x, norm, momentum, eps, plan, matrix):
-    """Of the batch, into ``norm``: its own statistics and the running ones."""
-    partials = _scratch(x, 2, plan.channels, plan.partials)
-    launch(kernels.statistics, plan.programs, plan.warps, x, partials, matrix)
-    is_cumulative = momentum is None
-    momentum = 0.0 if is_cumulative else momentum
-    launch(kernels.finish_statistics, plan.channels, 4, x, partials, norm, momentum, eps, matrix, is_cumulative)
+def _both(of_norms, *absent):
+    """The kernels' arguments for either batch norm; ``absent`` where there is no second one."""
+    return itertools.chain.from_iterable([*of_norms, absent][:2])
 
 
 def _forward(input, residual, norms, training):
@@ -87,16 +87,25 @@ def _forward(input, residual, norms, training):
 
     x, r = _dense(input, input, residual)
     plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
-    dense_norms = [_norm(of_norm, *norm[:6]) for of_norm, norm in zip(statistics, norms, strict=True)]
+    dense = [_norm(*tensors, *norm[:6]) for *tensors, norm in zip((x, r), statistics, norms, strict=False)]
+    r = r if len(norms) == 1 else None
+    options = _options(plan.warps)
     with _on(input.device):
         if training:
-            for tensor, norm, (*_, momentum, eps) in zip((x, r), dense_norms, norms, strict=False):
-                _take_statistics(tensor, norm, momentum, eps, plan, matrix)
-        arguments = [argument for norm, (*_, eps) in zip(dense_norms, norms, strict=True) for argument in (norm, eps)]
-        arguments += [None, 0.0] * (2 - len(norms))
-        launch(kernels.normalize, plan.programs, plan.warps, x, r, output, mask, *arguments, matrix, training)
+            partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
+            arguments = *_both([[norm] for norm in dense], None), partials, matrix
+            launch(kernels.statistics, (plan.programs, len(norms)), options, *arguments)
+            of_norms = [
+                (norm, momentum or 0.0, eps, momentum is None)
+                for norm, (*_, momentum, eps) in zip(dense, norms, strict=True)
+            ]
+            arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
+            launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
+        of_norms = [(norm, eps) for norm, (*_, eps) in zip(dense, norms, strict=True)]
+        arguments = *_both(of_norms, None, 0.0), r, output, mask, matrix, training
+        launch(kernels.normalize, (plan.programs,), options, *arguments)
     if training:
-        for norm, (*_, running_mean, running_var, _, _, _) in zip(dense_norms, norms, strict=True):
+        for norm, (*_, running_mean, running_var, _, _, _) in zip(dense, norms, strict=True):
             for vector, written in ((running_mean, norm.running_mean), (running_var, norm.running_var)):
                 if written is not vector:
                     vector.copy_(written)
@@ -123,50 +132,46 @@ def _check_backward(grad_output, input, mask):
     return mask.contiguous(), None
 
 
-def _backward(
-    grad_output,
-    input,
-    mask,
-    weight,
-    bias,
-    input_bias,
-    statistics,
-    training,
-    need_input,
-    need_residual,
-    need_weight,
-    need_bias,
-    need_input_bias,
-    like=None,
-):
-    """One batch norm's gradients, and the residual's that was added as it is. ``like``: the tensor whose memory format
-    decides, ``input`` by default."""
-    like = input if like is None else like
-    mask, output = _check_backward(grad_output, like, mask)
-    check_of_forward(input, weight, bias, input_bias, statistics)
-    needs = need_input, need_weight, need_bias, need_input_bias
-    grad_input, *grad_vectors = new_gradients(like, weight, bias, input_bias, *needs)
-    grad_residual = new_like_input(like, need_residual)
-    gradients = grad_input, grad_residual, *grad_vectors
-    if input.numel() == 0:
-        return tuple(None if grad is None else grad.zero_() for grad in gradients)
+def _backward(grad_output, mask, norms, training, need_residual=False):
+    """The gradients of each of ``norms``, and of a residual that was added as it is.
 
-    plan, matrix = _plan(*matrix_shape(like), input.shape[1], input.dtype)
-    norm = _norm(statistics, weight, bias, input_bias)
-    dy, x, y = _dense(like, grad_output, input, output)
+    ``norms``: of the input, and, maybe, of the residual, each (input, vectors, statistics, needed), with the vectors
+    (weight, bias, input_bias), and whether the gradients of the input and of each of these are needed."""
+    like = norms[0][0]
+    for prefix, (x, vectors, statistics, _) in zip(("", "residual_"), norms, strict=False):
+        check_of_forward(x, *vectors, statistics, prefix)
+    mask, output = _check_backward(grad_output, like, mask)
+    gradients = [new_gradients(like, *vectors, *needed) for _, vectors, _, needed in norms]
+    grad_residual = new_like_input(like, need_residual)
+    if like.numel() == 0:
+        for grad in (*itertools.chain(*gradients), grad_residual):
+            if grad is not None:
+                grad.zero_()
+        return gradients, grad_residual
+
+    plan, matrix = _plan(*matrix_shape(like), like.shape[1], like.dtype)
+    dy, y = _dense(like, grad_output, output)
     is_recomputed = mask is None and y is None
-    tail = Tail(dy, x, mask, y, tl.constexpr(is_recomputed), tl.constexpr(_VANISHING[input.dtype]))
-    projection = _scratch(input, 2, plan.channels) if training and need_input else None
-    with _on(input.device):
-        if projection is not None or need_weight or need_bias or need_input_bias:
-            partials = _scratch(input, 2, plan.channels, plan.partials)
-            launch(kernels.gradient_sums, plan.programs, plan.warps, tail, norm, partials, matrix)
-            arguments = partials, norm, *grad_vectors, projection, matrix, training
-            launch(kernels.finish_gradients, plan.channels, 4, *arguments)
-        if need_input or need_residual:
-            arguments = tail, norm, projection, grad_input, grad_residual, matrix
-            launch(kernels.input_gradient, plan.programs, plan.warps, *arguments)
-    return gradients
+    tail = Tail(dy, mask, y, tl.constexpr(is_recomputed), tl.constexpr(_VANISHING[like.dtype]))
+    of_norms, need_sums = [], False
+    for (x, vectors, statistics, needed), grads in zip(norms, gradients, strict=True):
+        if any(needed):
+            need_input, *need_vectors = needed
+            projection = _scratch(like, 2, plan.channels) if training and need_input else None
+            need_sums |= projection is not None or any(need_vectors)
+            of_norms.append((_norm(*_dense(like, x), statistics, *vectors), Gradients(*grads, projection)))
+    of_norms = of_norms or [(None, Gradients(None))]
+    norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
+    options = _options(plan.warps, takes_both=len(of_norms) == 2)
+    with _on(like.device):
+        if need_sums:
+            partials = _scratch(like, 1 + len(of_norms), plan.channels, plan.partials)
+            launch(kernels.gradient_sums, (plan.programs,), options, tail, norm, residual_norm, partials, matrix)
+            grid = plan.channels, len(of_norms)
+            launch(kernels.finish_gradients, grid, _options(warps=4), *arguments, partials, matrix, training)
+        if grads.input is not None or residual_grads.input is not None:
+            launch(kernels.input_gradient, (plan.programs,), options, tail, *arguments, matrix)
+    return gradients, grad_residual
 
 
 # ---- The ops ----
@@ -179,13 +184,10 @@ def batch_norm_relu(input, *arguments):
     return output, statistics
 
 
-def batch_norm_relu_backward(
-    grad_output, input, weight, bias, input_bias, statistics, training, need_input, *need_vectors
-):
-    grad_input, _, *grad_vectors = _backward(
-        grad_output, input, None, weight, bias, input_bias, statistics, training, need_input, False, *need_vectors
-    )
-    return grad_input, *grad_vectors
+def batch_norm_relu_backward(grad_output, input, weight, bias, input_bias, statistics, training, *needed):
+    norm = input, (weight, bias, input_bias), statistics, needed
+    (gradients,), _ = _backward(grad_output, None, [norm], training)
+    return gradients
 
 
 def batch_norm_relu_recompute(input, weight, bias, statistics):
@@ -195,9 +197,10 @@ def batch_norm_relu_recompute(input, weight, bias, statistics):
     if input.numel() > 0:
         (x,) = _dense(input, input)
         plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
-        arguments = _norm(statistics, weight, bias, None), 0.0, None, 0.0, matrix, True
+        norm = _norm(x, statistics, weight, bias, None)
+        arguments = norm, 0.0, None, 0.0, None, output, None, matrix, True
         with _on(input.device):
-            launch(kernels.normalize, plan.programs, plan.warps, x, None, output, None, *arguments)
+            launch(kernels.normalize, (plan.programs,), _options(plan.warps), *arguments)
     return output
 
 
@@ -208,8 +211,12 @@ def batch_norm_add_relu(input, residual, *arguments):
     return _forward(input, residual, [(*vectors, momentum, eps)], training)
 
 
-def batch_norm_add_relu_backward(*arguments):
-    return _backward(*arguments)
+def batch_norm_add_relu_backward(
+    grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
+):
+    norm = input, (weight, bias, input_bias), statistics, (need_input, *needed)
+    ((grad_input, *grad_vectors),), grad_residual = _backward(grad_output, mask, [norm], training, need_residual)
+    return grad_input, grad_residual, *grad_vectors
 
 
 def batch_norm_add_batch_norm_relu(input, *arguments):
@@ -219,14 +226,10 @@ def batch_norm_add_batch_norm_relu(input, *arguments):
 
 
 def batch_norm_add_batch_norm_relu_backward(grad_output, mask, *arguments):
-    norms, training, needed = (arguments[:5], arguments[5:10]), arguments[10], arguments[11:]
-    input, residual = (tensor for tensor, *_ in norms)
+    input, *vectors, statistics = arguments[:5]
+    residual, *residual_vectors, residual_statistics = arguments[5:10]
+    training, needed, residual_needed = arguments[10], arguments[11:15], arguments[15:]
     check_like_input("residual", residual, input)
-    check_of_forward(residual, *norms[1][1:], "residual_")
-    gradients = []
-    for (tensor, *norm), (need_tensor, *need_vectors) in zip(norms, (needed[:4], needed[4:]), strict=True):
-        grad_tensor, _, *grad_vectors = _backward(
-            grad_output, tensor, mask, *norm, training, need_tensor, False, *need_vectors, like=input
-        )
-        gradients += grad_tensor, *grad_vectors
-    return tuple(gradients)
+    norms = (input, vectors, statistics, needed), (residual, residual_vectors, residual_statistics, residual_needed)
+    (gradients, residual_gradients), _ = _backward(grad_output, mask, norms, training)
+    return *gradients, *residual_gradients

@@ -1,10 +1,13 @@
 """relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on a GPU, in Triton: device code.
 
 Forward: ``statistics`` sums, ``finish_statistics`` joins the sums of each channel, ``normalize`` does the rest; in eval
-the last one alone. Backward: ``gradient_sums``, ``finish_gradients``, ``input_gradient``. Of two batch norms all but
-``normalize`` take one a launch. All walk the matrix that
+the last one alone. Backward: ``gradient_sums``, ``finish_gradients``, ``input_gradient``. All walk the matrix that
 plan.py describes; the last of each three backwards, as the first one leaves its end in L2. Every sum has one order, so
 that reruns are bit-equal.
+
+A residual's own batch norm, residual_norm where there is one, comes after the input's, on the grid's second axis, too:
+``statistics`` and the two that finish have programs for either. The others take both at once: they read gradient and
+mask once.
 
 Y and X are a tile's rows and columns, and a vector (X,) has a value for each column. A pointer that is None is absent,
 at compile time. ACC, the accumulation type, is float32 or, for float64 tensors, float64.
@@ -38,6 +41,7 @@ class Matrix(NamedTuple):
 class Norm(NamedTuple):
     """A batch norm: statistics (2, C) in float64, mean and invstd; dense vectors (C,), a counter; or None."""
 
+    input: object
     statistics: object
     weight: object
     bias: object
@@ -111,16 +115,15 @@ def _at_columns(matrix, values, of_channel):
         return tl.sum(tl.where(of_channel, values[:, None], 0), axis=0)
 
 
-# ---- Sums across programs: partials is (2, C, matrix.partials) in ACC ----
+# ---- Sums across programs: partials is (sums, C, matrix.partials) in ACC ----
 
 
 @triton.jit
-def _hand_over(matrix, partials, tile, split, channel, size, first, second):
-    """Store a program's two sums (T,) of each channel that has columns in its tile."""
+def _hand_over(matrix, partials, which, tile, split, channel, size, values):
+    """Store a program's sums (T,) of the channels that have columns in its tile."""
     part = (tile - channel * matrix.inner // matrix.BLOCK_X) * matrix.splits + split
-    at = partials + channel * matrix.partials + part
-    tl.store(at, first, mask=size > 0)
-    tl.store(at + _columns(matrix) // matrix.inner * matrix.partials, second, mask=size > 0)
+    at = partials + (which * (_columns(matrix) // matrix.inner) + channel) * matrix.partials + part
+    tl.store(at, values, mask=size > 0)
 
 
 @triton.jit
@@ -182,6 +185,11 @@ def _coefficients(matrix, mean, invstd, weight, bias):
 
 
 @triton.jit
+def _centered(matrix, norm, at, valid, mean):
+    return tl.load(norm.input + at, mask=valid, other=0).to(matrix.ACC) - mean[None, :]
+
+
+@triton.jit
 def _normalized(centered, scale, shift):
     return tl.fma(centered, scale[None, :], shift[None, :])
 
@@ -222,8 +230,12 @@ def _welford(value, share, mean, m2, total):
 
 
 @triton.jit
-def statistics(input, partials, matrix):
+def statistics(norm, residual_norm, partials, matrix):
     """Partial means, less the channel's origin, and sums of squared deviations from them."""
+    which = tl.program_id(1) * 2
+    input = norm.input
+    if residual_norm is not None:
+        input = norm.input if which == 0 else residual_norm.input
     tile, split, row_begin, row_end, column, inside = _position(matrix, False)
     origin = _origin(matrix, input, column // matrix.inner, inside)[None, :]
     mean = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
@@ -256,7 +268,8 @@ def statistics(input, partials, matrix):
     channel_mean = _sum_by_channel(matrix, column_mean, of_channel) / tl.maximum(size, 1).to(matrix.ACC)
     deviation = column_mean - _at_columns(matrix, channel_mean, of_channel)
     channel_m2 = _sum_by_channel(matrix, column_m2 + n * deviation * deviation, of_channel)
-    _hand_over(matrix, partials, tile, split, channel, size, channel_mean, channel_m2)
+    _hand_over(matrix, partials, which, tile, split, channel, size, channel_mean)
+    _hand_over(matrix, partials, which + 1, tile, split, channel, size, channel_m2)
 
 
 @triton.jit
@@ -268,34 +281,45 @@ def _update(matrix, running, channel, factor, batch):
 
 @triton.jit
 def finish_statistics(
-    input,
-    partials,
     norm,
     momentum: tl.float64,
     eps: tl.float64,
-    matrix,
     CUMULATIVE: tl.constexpr,  # momentum is 1 / num_batches_tracked
+    residual_norm,
+    residual_momentum: tl.float64,
+    residual_eps: tl.float64,
+    RESIDUAL_CUMULATIVE: tl.constexpr,
+    partials,
+    matrix,
 ):
-    """A program for each channel: mean and invstd of the batch, and the running statistics."""
+    """A program for each channel of either: mean and invstd of the batch, and the running statistics."""
+    if tl.program_id(1) == 0:
+        _finish_statistics(matrix, norm, momentum, eps, CUMULATIVE, partials, 0)
+    elif residual_norm is not None:
+        _finish_statistics(matrix, residual_norm, residual_momentum, residual_eps, RESIDUAL_CUMULATIVE, partials, 2)
+
+
+@triton.jit
+def _finish_statistics(matrix, norm, momentum, eps, CUMULATIVE: tl.constexpr, partials, which):
     channel = tl.program_id(0).to(matrix.INDEX)
     n = (tl.full((), 1, tl.int64) * matrix.rows * matrix.inner).to(tl.float64)
     parts = _parts(matrix, channel)
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, parts, LANES):
         part = first + tl.arange(0, LANES)
-        mean = _load_parts(matrix, partials, 0, channel, part, parts)
+        mean = _load_parts(matrix, partials, which, channel, part, parts)
         total += tl.where(part < parts, _values_of(matrix, channel, part, parts) * mean, 0)
     channel_mean = tl.sum(total, axis=0) / n
     total = tl.zeros([LANES], tl.float64)
     for first in range(0, parts, LANES):
         part = first + tl.arange(0, LANES)
-        deviation = _load_parts(matrix, partials, 0, channel, part, parts) - channel_mean
-        m2 = _load_parts(matrix, partials, 1, channel, part, parts)
+        deviation = _load_parts(matrix, partials, which, channel, part, parts) - channel_mean
+        m2 = _load_parts(matrix, partials, which + 1, channel, part, parts)
         total += tl.where(part < parts, m2 + _values_of(matrix, channel, part, parts) * deviation * deviation, 0)
     m2 = tl.sum(total, axis=0)
 
     channels = _columns(matrix) // matrix.inner
-    mean = channel_mean + _origin(matrix, input, channel, tl.full((), 1, tl.int1)).to(tl.float64)
+    mean = channel_mean + _origin(matrix, norm.input, channel, tl.full((), 1, tl.int1)).to(tl.float64)
     tl.store(norm.statistics + channel, mean)
     tl.store(norm.statistics + channels + channel, 1 / tl.sqrt(m2 / n + eps))
     factor = tl.zeros_like(mean) + momentum
@@ -333,14 +357,13 @@ def _forward_coefficients(matrix, norm, eps, split, column, inside, TRAINING: tl
 
 @triton.jit
 def normalize(
-    input,
-    residual,
-    output,
-    mask,
     norm,
     eps: tl.float64,
-    residual_norm,  # None where the residual is added as it is
+    residual_norm,
     residual_eps: tl.float64,
+    residual,  # that is added as it is
+    output,
+    mask,
     matrix,
     TRAINING: tl.constexpr,
 ):
@@ -362,14 +385,12 @@ def normalize(
     for _ in range(turns):
         at = _offsets(matrix, row, column)
         valid = (row < row_end)[:, None] & inside[None, :]
-        x = tl.load(input + at, mask=valid, other=0).to(matrix.ACC)
-        value = _normalized(x - mean[None, :], scale, shift)
+        value = _normalized(_centered(matrix, norm, at, valid, mean), scale, shift)
+        if residual_norm is not None:
+            centered = _centered(matrix, residual_norm, at, valid, residual_mean)
+            value = tl.fma(centered, residual_scale[None, :], value)
         if residual is not None:
-            r = tl.load(residual + at, mask=valid, other=0).to(matrix.ACC)
-            if residual_norm is not None:
-                value = tl.fma(r - residual_mean[None, :], residual_scale[None, :], value)
-            else:
-                value += r
+            value += tl.load(residual + at, mask=valid, other=0).to(matrix.ACC)
         y = tl.where(value < 0, 0, value).to(output.dtype.element_ty)  # NaN passes
         tl.store(output + at, y, mask=valid)
         if mask is not None:
@@ -393,7 +414,6 @@ class Tail(NamedTuple):
     """
 
     grad_output: object
-    input: object
     mask: object
     output: object
     RECOMPUTED: tl.constexpr
@@ -401,27 +421,27 @@ class Tail(NamedTuple):
 
 
 @triton.jit
-def _backward_coefficients(matrix, tail, norm, channel, inside, MEAN: tl.constexpr, SCALE: tl.constexpr):
-    """As the forward's, but none is loaded that the pass does not need, and no recomputed mask does."""
+def _backward_coefficients(matrix, norm, channel, inside, MEAN: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """As the forward's, but none is loaded that the pass does not need."""
     mean, invstd, weight, bias = (tl.zeros(channel.shape, tl.float64),) * 4
-    if MEAN or tail.RECOMPUTED:
+    if MEAN:
         mean = _load_vector(norm.statistics, channel, inside, 0)
-    if SCALE or tail.RECOMPUTED:
+    if SCALE:
         invstd = _load_vector(norm.statistics + _columns(matrix) // matrix.inner, channel, inside, 0)
         weight = _load_vector(norm.weight, channel, inside, 1)
-    if tail.RECOMPUTED:
+    if SHIFT:
         bias = _load_vector(norm.bias, channel, inside, 0)
     return _coefficients(matrix, mean, invstd, weight, bias)
 
 
 @triton.jit
-def _masked_gradient(matrix, tail, tile, row, column, valid, mean, scale, shift, NEEDS_INPUT: tl.constexpr):
+def _masked_gradient(matrix, tail, norm, tile, row, column, valid, mean, scale, shift, CENTERED: tl.constexpr):
     """The masked gradient as stored, and input - mean. A select, so that a NaN gradient of a blocked output gives 0."""
     at = _offsets(matrix, row, column)
     grad = tl.load(tail.grad_output + at, mask=valid, other=0)
     centered = tl.zeros(valid.shape, matrix.ACC)
-    if NEEDS_INPUT or tail.RECOMPUTED:
-        centered = tl.load(tail.input + at, mask=valid, other=0).to(matrix.ACC) - mean[None, :]
+    if CENTERED or tail.RECOMPUTED:
+        centered = _centered(matrix, norm, at, valid, mean)
     if tail.mask is not None:
         byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
         within = (row < matrix.rows)[:, None] & (byte < matrix.mask_stride)[None, :]
@@ -437,39 +457,62 @@ def _masked_gradient(matrix, tail, tile, row, column, valid, mean, scale, shift,
 
 
 @triton.jit
-def gradient_sums(tail, norm, partials, matrix):
-    """Partial sums of the masked gradient, and of its products with input - mean."""
+def gradient_sums(tail, norm, residual_norm, partials, matrix):
+    """Partial sums of the masked gradient, and of its products with input - mean and, maybe, residual - its mean."""
     tile, split, row_begin, row_end, column, inside = _position(matrix, False)
-    mean, scale, shift = _backward_coefficients(matrix, tail, norm, column // matrix.inner, inside, True, False)
+    channel = column // matrix.inner
+    recomputed: tl.constexpr = tail.RECOMPUTED
+    mean, scale, shift = _backward_coefficients(matrix, norm, channel, inside, True, recomputed, recomputed)
     total = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
     dot = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
+    if residual_norm is not None:
+        residual_mean, _, _ = _backward_coefficients(matrix, residual_norm, channel, inside, True, False, False)
+        residual_dot = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
     row = row_begin + tl.arange(0, matrix.BLOCK_Y)
     for _ in range(tl.cdiv(row_end - row_begin, matrix.BLOCK_Y).to(tl.int32)):
         valid = (row < row_end)[:, None] & inside[None, :]
-        grad, centered = _masked_gradient(matrix, tail, tile, row, column, valid, mean, scale, shift, True)
+        grad, centered = _masked_gradient(matrix, tail, norm, tile, row, column, valid, mean, scale, shift, True)
         grad = grad.to(matrix.ACC)
         total += grad
         dot = tl.fma(grad, tl.where(valid, centered, 0), dot)  # a mean may be a NaN, and the input ends before the tile
+        if residual_norm is not None:
+            centered = _centered(matrix, residual_norm, _offsets(matrix, row, column), valid, residual_mean)
+            residual_dot = tl.fma(grad, tl.where(valid, centered, 0), residual_dot)
         row += matrix.BLOCK_Y
     channel, size, of_channel = _tile_channels(matrix, tile, column, inside)
-    channel_sum = _sum_by_channel(matrix, tl.sum(total, axis=0), of_channel)
-    channel_dot = _sum_by_channel(matrix, tl.sum(dot, axis=0), of_channel)
-    _hand_over(matrix, partials, tile, split, channel, size, channel_sum, channel_dot)
+    total = _sum_by_channel(matrix, tl.sum(total, axis=0), of_channel)
+    _hand_over(matrix, partials, 0, tile, split, channel, size, total)
+    dot = _sum_by_channel(matrix, tl.sum(dot, axis=0), of_channel)
+    _hand_over(matrix, partials, 1, tile, split, channel, size, dot)
+    if residual_norm is not None:
+        residual_dot = _sum_by_channel(matrix, tl.sum(residual_dot, axis=0), of_channel)
+        _hand_over(matrix, partials, 2, tile, split, channel, size, residual_dot)
+
+
+class Gradients(NamedTuple):
+    """Of a batch norm, or None; projection, (2, C) in ACC: what batch statistics take from the input's.
+
+    Of a residual that is added as it is: its own, as input.
+    """
+
+    input: object
+    weight: object = None
+    bias: object = None
+    input_bias: object = None
+    projection: object = None
 
 
 @triton.jit
-def finish_gradients(
-    partials,
-    norm,
-    grad_weight,
-    grad_bias,
-    grad_input_bias,
-    projection,
-    matrix,
-    TRAINING: tl.constexpr,
-):
-    """A program for each channel: the gradients of the vectors, and what batch statistics take from the input's,
-    projection (2, C) in ACC."""
+def finish_gradients(norm, gradients, residual_norm, residual_gradients, partials, matrix, TRAINING: tl.constexpr):
+    """A program for each channel of either: the gradients of the vectors, and the projection."""
+    if tl.program_id(1) == 0:
+        _finish_gradients(matrix, norm, gradients, TRAINING, partials, 1)
+    elif residual_norm is not None:
+        _finish_gradients(matrix, residual_norm, residual_gradients, TRAINING, partials, 2)
+
+
+@triton.jit
+def _finish_gradients(matrix, norm, gradients, TRAINING: tl.constexpr, partials, which):
     channel = tl.program_id(0).to(matrix.INDEX)
     parts = _parts(matrix, channel)
     total = tl.zeros([LANES], tl.float64)
@@ -477,54 +520,85 @@ def finish_gradients(
     for first in range(0, parts, LANES):
         part = first + tl.arange(0, LANES)
         total += _load_parts(matrix, partials, 0, channel, part, parts)
-        dot += _load_parts(matrix, partials, 1, channel, part, parts)
+        dot += _load_parts(matrix, partials, which, channel, part, parts)
     channels = _columns(matrix) // matrix.inner
     mean = tl.load(norm.statistics + channel)
     invstd = tl.load(norm.statistics + channels + channel)
     dropped = mean - mean.to(matrix.ACC).to(tl.float64)  # by its rounding, see _coefficients
     grad = tl.sum(total, axis=0)
     dot_of_channel = tl.sum(dot, axis=0) - dropped * grad
-    if grad_bias is not None:
-        _store_vector(matrix, grad_bias, channel, grad)
-    if grad_weight is not None:
-        _store_vector(matrix, grad_weight, channel, dot_of_channel * invstd)
-    if grad_input_bias is not None:
+    if gradients.bias is not None:
+        _store_vector(matrix, gradients.bias, channel, grad)
+    if gradients.weight is not None:
+        _store_vector(matrix, gradients.weight, channel, dot_of_channel * invstd)
+    if gradients.input_bias is not None:
         scale = invstd
         if norm.weight is not None:
             scale *= tl.load(norm.weight + channel).to(tl.float64)
         # Batch statistics cancel a bias of the input, running ones let it through as they do the input.
-        _store_vector(matrix, grad_input_bias, channel, tl.zeros_like(grad) if TRAINING else grad * scale)
-    if projection is not None:
+        _store_vector(matrix, gradients.input_bias, channel, tl.zeros_like(grad) if TRAINING else grad * scale)
+    if gradients.projection is not None:
         n = (tl.full((), 1, tl.int64) * matrix.rows * matrix.inner).to(tl.float64)
         slope = dot_of_channel * invstd * invstd / n
-        tl.store(projection + channel, (grad / n - dropped * slope).to(matrix.ACC))
-        tl.store(projection + channels + channel, slope.to(matrix.ACC))
+        tl.store(gradients.projection + channel, (grad / n - dropped * slope).to(matrix.ACC))
+        tl.store(gradients.projection + channels + channel, slope.to(matrix.ACC))
 
 
 @triton.jit
-def input_gradient(tail, norm, projection, grad_input, grad_residual, matrix):
+def _gradient_coefficients(matrix, norm, gradients, channel, inside, RECOMPUTED: tl.constexpr):
+    """Mean, scale, shift, and of the projection offset and slope, (X,) each."""
+    mean, scale, shift = _backward_coefficients(
+        matrix,
+        norm,
+        channel,
+        inside,
+        gradients.projection is not None or RECOMPUTED,
+        gradients.input is not None or RECOMPUTED,
+        RECOMPUTED,
+    )
+    offset, slope = tl.zeros_like(mean), tl.zeros_like(mean)
+    if gradients.projection is not None:
+        offset = tl.load(gradients.projection + channel, mask=inside, other=0)
+        slope = tl.load(gradients.projection + _columns(matrix) // matrix.inner + channel, mask=inside, other=0)
+    return mean, scale, shift, offset, slope
+
+
+@triton.jit
+def _store_input_gradient(matrix, gradients, at, valid, masked, centered, scale, offset, slope):
+    if gradients.input is not None:
+        grad = masked.to(matrix.ACC)
+        if gradients.projection is not None:
+            grad = tl.fma(-centered, slope[None, :], grad - offset[None, :])
+        tl.store(gradients.input + at, (grad * scale[None, :]).to(gradients.input.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def input_gradient(tail, norm, gradients, residual_norm, residual_gradients, matrix):
     """The gradients of input and residual, those that are there."""
     tile, split, row_begin, row_end, column, inside = _position(matrix, True)
     channel = column // matrix.inner
-    mean, scale, shift = _backward_coefficients(
-        matrix, tail, norm, channel, inside, projection is not None, grad_input is not None
+    mean, scale, shift, offset, slope = _gradient_coefficients(
+        matrix, norm, gradients, channel, inside, tail.RECOMPUTED
     )
-    if projection is not None:
-        offset = tl.load(projection + channel, mask=inside, other=0)[None, :]
-        slope = tl.load(projection + _columns(matrix) // matrix.inner + channel, mask=inside, other=0)[None, :]
+    if residual_norm is not None:
+        residual_mean, residual_scale, _, residual_offset, residual_slope = _gradient_coefficients(
+            matrix, residual_norm, residual_gradients, channel, inside, False
+        )
     turns = tl.cdiv(row_end - row_begin, matrix.BLOCK_Y).to(tl.int32)
     row = row_begin + (turns - 1) * matrix.BLOCK_Y + tl.arange(0, matrix.BLOCK_Y)
     for _ in range(turns):
         valid = (row < row_end)[:, None] & inside[None, :]
         masked, centered = _masked_gradient(
-            matrix, tail, tile, row, column, valid, mean, scale, shift, projection is not None
+            matrix, tail, norm, tile, row, column, valid, mean, scale, shift, gradients.projection is not None
         )
         at = _offsets(matrix, row, column)
-        if grad_input is not None:
-            grad = masked.to(matrix.ACC)
-            if projection is not None:
-                grad = tl.fma(-centered, slope, grad - offset)
-            tl.store(grad_input + at, (grad * scale[None, :]).to(grad_input.dtype.element_ty), mask=valid)
-        if grad_residual is not None:
-            tl.store(grad_residual + at, masked, mask=valid)
+        _store_input_gradient(matrix, gradients, at, valid, masked, centered, scale, offset, slope)
+        if residual_norm is not None:
+            if residual_gradients.projection is not None:
+                centered = _centered(matrix, residual_norm, at, valid, residual_mean)
+            _store_input_gradient(
+                matrix, residual_gradients, at, valid, masked, centered, residual_scale, residual_offset, residual_slope
+            )
+        elif residual_gradients.input is not None:
+            tl.store(residual_gradients.input + at, masked, mask=valid)
         row -= matrix.BLOCK_Y
