@@ -47,8 +47,10 @@ struct Kernels {
                     const Coefficients* of_residual, void* output);
   void (*gradient_sums)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_residual,
                         GradientSums* partial);
-  // grad_input may be where the source's `masked` is
-  void (*grad_input)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_input);
+  // grad_input may be where the source's `masked` is; grad_residual: nullptr, or where the masked gradient goes, off an
+  // output and by the batch's statistics
+  void (*grad_input)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_input,
+                     void* grad_residual);
 };
 
 namespace baseline {

@@ -646,37 +646,51 @@ void gradient_sums(const Plan& plan, Work work, const Coefficients& coefficients
   }
 }
 
-template <typename T, Mask kMask, bool kFrozen, typename V>
-void grad_input_row(int64_t length, const V& values, Gradient<T> gradient, T* grad_input) {
+template <typename T, Mask kMask, bool kFrozen, bool kStore, typename V>
+void grad_input_row(int64_t length, const V& values, Gradient<T> gradient, T* grad_input, T* grad_residual) {
   for_each_word<T>(length, [&](int64_t k, auto lanes) INLINED {
     const GradientWord<T, kMask, lanes.value> word(gradient, k);
-    word_t<T> dx{};
+    word_t<T> dx{}, dr{};
     for (int lane = 0; lane < lanes.value; ++lane) {
       const acc_t<T> centered = Traits<T>::load(word.input, lane) - values.mean.at(k, lane);
-      acc_t<T> g = Traits<T>::load(word.masked(k, lane, centered, values), lane);
+      const word_t<T> masked = word.masked(k, lane, centered, values);
+      acc_t<T> g = Traits<T>::load(masked, lane);
       if (!kFrozen) g = g - values.offset.at(k, lane) - centered * values.slope.at(k, lane);
       dx = Traits<T>::join(dx, Traits<T>::store(g * values.scale.at(k, lane), lane));
+      dr = Traits<T>::join(dr, masked);
     }
     write<lanes.value>(grad_input, k, dx);
+    if (kStore) write<lanes.value>(grad_residual, k, dr);
   });
 }
 
 template <typename T>
 void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, const GradientSource& source,
-                void* grad_input) {
-  T* dx = static_cast<T*>(grad_input);
-  with_mask(source, [&](auto mask) {
+                void* grad_input, void* grad_residual) {
+  T *dx = static_cast<T*>(grad_input), *dr = static_cast<T*>(grad_residual);
+  if (dr != nullptr) {  // there is an output, and the statistics are the batch's
     const auto row = [&](int64_t at, int64_t length, const auto& values) {
       write_pieces(plan.streams, dx, at, length, [&](int64_t begin, int64_t count, T* target) {
-        if (coefficients.slope == nullptr) {
-          grad_input_row<T, mask.value, true>(count, values, {source, begin}, target);
-        } else {
-          grad_input_row<T, mask.value, false>(count, values, {source, begin}, target);
-        }
+        write_pieces(plan.streams, dr, begin, count, [&](int64_t, int64_t, T* residual_target) {
+          grad_input_row<T, Mask::output, false, true>(count, values, {source, begin}, target, residual_target);
+        });
       });
     };
     for_each_row<T>(plan, work, row, coefficients);
-  });
+  } else {
+    with_mask(source, [&](auto mask) {
+      const auto row = [&](int64_t at, int64_t length, const auto& values) {
+        write_pieces(plan.streams, dx, at, length, [&](int64_t begin, int64_t count, T* target) {
+          if (coefficients.slope == nullptr) {
+            grad_input_row<T, mask.value, true, false>(count, values, {source, begin}, target, dr);
+          } else {
+            grad_input_row<T, mask.value, false, false>(count, values, {source, begin}, target, dr);
+          }
+        });
+      };
+      for_each_row<T>(plan, work, row, coefficients);
+    });
+  }
   end_streams();
 }
 
