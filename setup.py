@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
+MINIMUM_SETUPTOOLS = 77  # the first that takes the license of pyproject.toml; as there, in [build-system]
 MINIMUM_TORCH = "2.10"  # also the stable ABI that the extensions are built for: see TORCH_TARGET_VERSION
 FORCE_CUDA = os.environ.get("FORCE_CUDA", "")
 NO_EXTENSION = os.environ.get("RESNET_FUSED_NO_EXTENSION", "")
@@ -46,7 +47,8 @@ def check_tools() -> None:
     except ImportError as error:
         sys.exit(
             f"resnet_fused: the build needs torch>={MINIMUM_TORCH} and packaging ({error}). Run `pip install .` "
-            "without --no-build-isolation, or first `pip install torch packaging ninja pybind11 setuptools`."
+            "without --no-build-isolation, or first `pip install torch packaging ninja pybind11 "
+            f'"setuptools>={MINIMUM_SETUPTOOLS}"`.'
         )
     if Version(torch.__version__).release < Version(MINIMUM_TORCH).release:
         sys.exit(
@@ -171,5 +173,10 @@ def build() -> tuple[list, dict]:
 for name, value in (("FORCE_CUDA", FORCE_CUDA), ("RESNET_FUSED_NO_EXTENSION", NO_EXTENSION)):
     if value not in ("", "0", "1"):
         sys.exit(f"resnet_fused: {name}: expected 0, 1 or nothing, got {value!r}.")
+if int(setuptools.__version__.split(".")[0]) < MINIMUM_SETUPTOOLS:  # it would only say that the license is invalid
+    sys.exit(
+        f"resnet_fused: the build needs setuptools>={MINIMUM_SETUPTOOLS}, found {setuptools.__version__}. Run `pip "
+        "install --upgrade setuptools`, or `pip install .` without --no-build-isolation."
+    )
 extensions, commands = ([], {}) if NO_EXTENSION == "1" else build()
-setup(ext_modules=extensions, cmdclass=commands)
+setuptools.setup(ext_modules=extensions, cmdclass=commands)

@@ -188,6 +188,7 @@ FAULTS = [
     Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
     Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "build"),
     Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "build"),
+    Fault("an old setuptools let through", "setup.py", "< MINIMUM_SETUPTOOLS", "< 0", "build"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip

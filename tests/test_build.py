@@ -120,6 +120,20 @@ def test_another_value_of_force_cuda_is_refused():
     assert "FORCE_CUDA: expected 0, 1 or nothing, got 'yes'" in _refusal(FORCE_CUDA="yes")
 
 
+@pytest.mark.parametrize("no_extension", ["0", "1"])
+def test_an_old_setuptools_is_refused_before_it_finds_the_license_invalid(no_extension):
+    old = "import setuptools; setuptools.__version__ = '65.5.0'"
+    message = _refusal(old, RESNET_FUSED_NO_EXTENSION=no_extension)
+    assert "the build needs setuptools>=77, found 65.5.0. Run `pip install --upgrade setuptools`" in message
+
+
+def test_every_list_of_the_builds_needs_names_the_setuptools():
+    for file in ("pyproject.toml", "Makefile", "README.md"):
+        assert '"setuptools>=77"' in (ROOT / file).read_text(encoding="utf-8"), file
+    message = _refusal("import sys; sys.modules['torch'] = None")
+    assert 'first `pip install torch packaging ninja pybind11 "setuptools>=77"`' in message
+
+
 @needs_cuda_torch
 def test_a_wrapper_script_leads_to_the_toolkit_that_it_calls(tmp_path):
     toolkit = _nvcc(tmp_path / "toolkit/bin/nvcc")
