@@ -189,6 +189,9 @@ FAULTS = [
     Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "build"),
     Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "build"),
     Fault("an old setuptools let through", "setup.py", "< MINIMUM_SETUPTOOLS", "< 0", "build"),
+    Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
+    Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
+    Fault("cores that the process may not use counted", "setup.py", "len(os.sched_getaffinity(0))", "os.cpu_count()", "build"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip

@@ -5,12 +5,14 @@ Nothing is compiled: nvcc is a script that answers what setup.py asks, and setup
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +35,7 @@ print(json.dumps({{
     "depends": extensions[0].depends,
     "CUDA_HOME": CUDA_HOME,
     "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
+    "MAX_JOBS": os.environ["MAX_JOBS"],
 }}))
 """
 
@@ -55,7 +58,7 @@ esac
 
 def _run(stand_in="", nvcc=None, **environment):
     """setup.py, with this nvcc first on PATH, and Python code run before it in place of what the machine has."""
-    unset = ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST")
+    unset = ("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     if nvcc is not None:
         inherited["PATH"] = f"{nvcc.parent}{os.pathsep}{inherited['PATH']}"
@@ -165,6 +168,60 @@ def test_the_default_architectures_are_those_that_nvcc_knows(tmp_path, known, ex
 @needs_cuda_torch
 def test_the_architectures_asked_for_are_kept(tmp_path):
     assert _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), TORCH_CUDA_ARCH_LIST="8.6")["architectures"] == "8.6"
+
+
+# ---- MAX_JOBS ----
+
+GIB = 2**30
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """How many compilers setup.py runs at once on many cores, where these are the files about control groups."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4096))
+    monkeypatch.setenv("RESNET_FUSED_NO_EXTENSION", "1")
+    max_jobs = runpy.run_path(str(ROOT / "setup.py"))["max_jobs"]
+
+    def jobs(files):
+        for name, text in files.items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{text}\n")
+        return max_jobs(str(tmp_path))
+
+    return jobs
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2 * GIB + 1, 2), (GIB // 2, 1)])
+@pytest.mark.parametrize(
+    ("group", "file"),
+    [
+        ("0::/user/build", "user/build/memory.max"),
+        ("0::/user/build", "user/memory.max"),
+        ("0::/", "memory.max"),  # a container of its own namespace
+        ("12:cpu,cpuacct:/\n4:memory:/docker/1f\n0::/", "memory/docker/1f/memory.limit_in_bytes"),
+        ("4:memory:/docker/1f", "memory/memory.limit_in_bytes"),  # a container that finds its group mounted as the root
+    ],
+)
+def test_no_more_compilers_run_at_once_than_the_control_groups_memory_holds(jobs, group, file, limit, expected):
+    assert jobs({"proc/self/cgroup": group, f"sys/fs/cgroup/{file}": limit}) == expected
+
+
+def test_control_groups_without_a_limit_leave_the_machines_memory(jobs):
+    groups = {"proc/self/cgroup": "4:memory:/a\n0::/b", "sys/fs/cgroup/b/memory.max": "max"}
+    unlimited = {**groups, "sys/fs/cgroup/memory/a/memory.limit_in_bytes": 2**63 - 4096}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert jobs({}) == jobs(unlimited) == memory // GIB
+
+
+def test_one_compiler_runs_on_each_core_that_the_process_may_use():
+    one_core = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    assert _report(one_core, FORCE_CUDA="0")["MAX_JOBS"] == "1"
+
+
+def test_the_max_jobs_asked_for_are_kept():
+    assert _report(MAX_JOBS="7", FORCE_CUDA="0")["MAX_JOBS"] == "7"
 
 
 def test_a_source_distribution_made_without_cuda_holds_its_sources():
