@@ -22,7 +22,8 @@ NO_EXTENSION = os.environ.get("RESNET_FUSED_NO_EXTENSION", "")
 
 
 def output_of(*command: str) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    # As paths are decoded, and not as text: any locale must do for any path.
+    return os.fsdecode(subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout)
 
 
 def find_nvcc() -> str | None:

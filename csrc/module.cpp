@@ -1,4 +1,5 @@
 // The Python module resnet_fused._C: what was built. Loading it registers the ops.
+#undef TORCH_TARGET_VERSION  // it closes torch 2.10's pybind11, which is no part of the stable ABI
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"

@@ -14,7 +14,10 @@
 #define RESNET_FUSED_LIBRARY resnet_fused
 #endif
 
-STABLE_TORCH_LIBRARY(RESNET_FUSED_LIBRARY, m) {
+// With its name expanded: torch 2.10's STABLE_TORCH_LIBRARY takes its argument to the letter.
+#define NAMED_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+
+NAMED_LIBRARY(RESNET_FUSED_LIBRARY, m) {
   m.def(
       "batch_norm_add_relu(Tensor input, Tensor residual, Tensor? weight, Tensor? bias, Tensor? input_bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, "

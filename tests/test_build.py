@@ -6,6 +6,7 @@ Nothing is compiled: nvcc is a script that answers what setup.py asks, and setup
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from torch.utils.cpp_extension import get_cxx_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_CUDA = torch.version.cuda or "13.0"
@@ -44,14 +46,17 @@ def _nvcc(path, version=TORCH_CUDA, architectures=ARCHITECTURES, top=None):
     """A script that answers as nvcc does."""
     names = "\\n".join(f"compute_{name}" for name in architectures.split())
     path.parent.mkdir(parents=True)
-    path.write_text(f"""#!/bin/sh
+    path.write_text(
+        f"""#!/bin/sh
 case "$1" in
   --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
   --list-gpu-arch) printf '{names}\\n' ;;
   --dryrun) printf '#$ _SPACE_=\\n#$ TOP={top or path.parent}/..\\n#$ rm x\\n' >&2 ;;
   *) exit 1 ;;
 esac
-""")
+""",
+        encoding="utf-8",
+    )
     path.chmod(0o755)
     return path
 
@@ -145,6 +150,15 @@ def test_a_wrapper_script_leads_to_the_toolkit_that_it_calls(tmp_path):
 
 
 @needs_cuda_torch
+@pytest.mark.parametrize("utf8", ["0", "1"])
+def test_a_toolkit_may_lie_anywhere_in_any_locale(tmp_path, utf8):
+    toolkit = _nvcc(tmp_path / "töölkit of mine/bin/nvcc")
+    wrapper = _nvcc(tmp_path / "elsewhere/bin/nvcc", top=toolkit.parent)
+    report = _report(nvcc=wrapper, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8=utf8)
+    assert os.fsencode(report["CUDA_HOME"]) == os.fsencode(tmp_path / "töölkit of mine")
+
+
+@needs_cuda_torch
 def test_cuda_home_comes_before_path(tmp_path):
     chosen = _nvcc(tmp_path / "chosen/bin/nvcc")
     other = _nvcc(tmp_path / "other/bin/nvcc", f"{MAJOR - 1}.4")
@@ -168,6 +182,25 @@ def test_the_default_architectures_are_those_that_nvcc_knows(tmp_path, known, ex
 @needs_cuda_torch
 def test_the_architectures_asked_for_are_kept(tmp_path):
     assert _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), TORCH_CUDA_ARCH_LIST="8.6")["architectures"] == "8.6"
+
+
+TORCH_2_10 = {
+    "pybind11/pybind11.h": "#ifdef TORCH_TARGET_VERSION\n#error\n#endif\n",
+    "torch/csrc/stable/library.h": "#define STABLE_TORCH_LIBRARY(ns, m) library #ns\n",
+    "cuda_runtime_api.h": "",
+}
+
+
+@pytest.mark.parametrize("source", ["module.cpp", "cuda/module.cpp", "ops.cpp"])
+def test_the_headers_of_the_oldest_torch_take_the_sources(tmp_path, source):
+    for name, text in TORCH_2_10.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    preprocess = [*shlex.split(get_cxx_compiler()), "-E", "-P", "-DTORCH_TARGET_VERSION=1", f"-I{tmp_path}", source]
+    done = subprocess.run(preprocess, cwd=ROOT / "csrc", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert source != "ops.cpp" or 'library "resnet_fused"' in done.stdout
 
 
 # ---- MAX_JOBS ----

@@ -1,5 +1,6 @@
 // The Python module resnet_fused._CUDA: what was built. Loading it registers the kernels of the ops that
 // resnet_fused._C declares.
+#undef TORCH_TARGET_VERSION  // it closes torch 2.10's pybind11, which is no part of the stable ABI
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
