@@ -6,11 +6,14 @@ formula: a raw op called there would give wrong second gradients with no more th
 """
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .checks import check_arguments, check_batch_norms, check_device
 from .ops import unpack_mask
+
+_transforms_are_active = torch._C._are_functorch_transforms_active
 
 
 class _Forward(Function):
@@ -30,9 +33,12 @@ class _Forward(Function):
     @classmethod
     def call(cls, *args):
         """The output, without the statistics that the op returns beside it."""
-        if is_compiling() or torch._C._are_functorch_transforms_active():
+        if is_compiling() or _transforms_are_active():
             cls.check(*args)
-            return cls.apply(*args)[0]
+            # Where nothing needs a gradient dynamo would hand the context to forward, whose parameters it counts.
+            needed = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+            function = cls.forward if is_compiling() and not needed else cls.apply
+            return function(*args)[0]
         try:
             return cls._with_ctx.apply(*args)
         except RuntimeError:  # the op has refused its arguments: checking them here first would cost 8 us a call

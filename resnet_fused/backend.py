@@ -2,7 +2,7 @@
 
 ``RESNET_FUSED_BACKEND=auto|cpu|cuda|triton|eager`` sets the process's choice, :func:`use_backend` that of a block of
 code. ``auto`` takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one
-warning.
+warning. What ``torch.jit.trace`` records is ``eager``, whatever is chosen: TorchScript saves no Python function.
 """
 
 import contextlib
@@ -10,9 +10,11 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from .ops import Ops, register_fakes
 
@@ -29,19 +31,21 @@ class Backend:
     detail: str = ""  # for `python -m resnet_fused`
 
 
+class UnservedDevice(ValueError):
+    """A backend was asked for by name that does not serve the input's device."""
+
+
 _backends: dict[str, Backend] = {}
-_chosen = os.environ.get("RESNET_FUSED_BACKEND", "auto")
-_serving: dict[str, Backend] = {}  # device type -> the backend that the present choice means there
+_serving: dict[str, dict[str, Backend]] = {"eager": {}}  # choice -> device type -> the backend that it means there
 
+_tracing_state = torch._C._get_tracing_state  # of torch.jit.trace
 
-def _choose(name: str) -> None:
-    global _chosen, _serving
-    candidates = _backends.values() if name == "auto" else [_backends[name]] if name in _backends else []
-    _chosen = name
-    _serving = {}
-    for backend in candidates:
-        for device_type in backend.device_types if backend.unavailable is None else ():
-            _serving.setdefault(device_type, backend)
+_DEFAULT = os.environ.get("RESNET_FUSED_BACKEND", "auto")
+_entered: ContextVar[tuple[list[str], ...]] = ContextVar("resnet_fused.entered", default=())  # the use_backends around
+_choice: ContextVar[str] = ContextVar("resnet_fused.choice", default=_DEFAULT)  # by the last of them
+# The last choice of any thread: torch.compile guards on a context variable from 2.14 on, before that only on a global.
+_last_choice = _DEFAULT
+_GUARDS_ON_CONTEXT = torch.__version__ >= (2, 14)
 
 
 def register(
@@ -58,7 +62,11 @@ def register(
     """
     ops = register_fakes(namespace, device_types if masks else ()) if unavailable is None else None
     _backends[name] = Backend(name, device_types, ops, unavailable, masks, detail)
-    _choose(_chosen)
+    _serving["auto"] = {}
+    for backend in _backends.values():
+        served = backend.device_types if backend.unavailable is None else ()
+        _serving[backend.name] = dict.fromkeys(served, backend)
+        _serving["auto"] = _serving[backend.name] | _serving["auto"]
 
 
 def _register_cpu() -> None:
@@ -143,25 +151,33 @@ def get(name: str) -> Backend:
     return backend
 
 
-if _chosen != "auto":
-    get(_chosen)
+if _DEFAULT != "auto":
+    get(_DEFAULT)
 
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Run every fused operator called inside the ``with`` block on backend ``name`` (process-wide, not per thread).
+    """Run every fused operator called inside the ``with`` block on backend ``name``.
 
-    A backward runs on its forward's backend, wherever it is called. ValueError where the backend is unknown or
-    unavailable, and, at the call, where it cannot serve the input's device.
+    In this thread or asyncio task, and the tasks made in the block; a new thread begins with the process's choice. A
+    backward runs on its forward's backend, wherever it is called. ValueError where the backend is unknown or
+    unavailable, and, at the call, :class:`UnservedDevice` where it cannot serve the input's device.
     """
     if name != "auto":
         get(name)
-    previous = _chosen
-    _choose(name)
+    entry = [name]  # a list, to tell it from another of the same name
+    _enter((*_entered.get(), entry))
     try:
         yield
-    finally:
-        _choose(previous)
+    finally:  # in whatever order blocks are left: the last that is still entered holds
+        _enter(tuple(other for other in _entered.get() if other is not entry))
+
+
+def _enter(entries):
+    global _last_choice
+    _last_choice = entries[-1][0] if entries else _DEFAULT
+    _entered.set(entries)
+    _choice.set(_last_choice)
 
 
 def device_type_of(tensor: torch.Tensor) -> str:
@@ -171,14 +187,17 @@ def device_type_of(tensor: torch.Tensor) -> str:
 
 def select(device_type: str) -> Backend:
     """The backend for an input on ``device_type``."""
-    return _serving.get(device_type) or _select_unserved(device_type)
+    if _tracing_state() is not None:
+        return _backends["eager"]
+    choice = _choice.get() if _GUARDS_ON_CONTEXT or not is_dynamo_compiling() else _last_choice
+    return _serving[choice].get(device_type) or _select_unserved(choice, device_type)
 
 
-def _select_unserved(device_type: str) -> Backend:
-    if _chosen not in ("auto", "eager"):
-        served = " or ".join(_backends[_chosen].device_types)
-        raise ValueError(f"backend {_chosen!r} serves inputs on {served}, got one on {device_type}")
-    if _chosen == "auto":
+def _select_unserved(choice: str, device_type: str) -> Backend:
+    if choice not in ("auto", "eager"):
+        served = " or ".join(_backends[choice].device_types)
+        raise UnservedDevice(f"backend {choice!r} serves inputs on {served}, got one on {device_type}")
+    if choice == "auto":
         _warn_of_fallback(device_type)
     return _backends["eager"]
 
@@ -197,3 +216,7 @@ def _warn_of_fallback(device_type: str) -> None:
         "`python -m resnet_fused` lists the backends; RESNET_FUSED_BACKEND=eager silences this warning.",
         stacklevel=5,
     )
+
+
+# As torch.compiler.assume_constant_result, which would import dynamo, two seconds: a compiled call warns when traced.
+_warn_of_fallback._dynamo_marked_constant = True

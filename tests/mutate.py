@@ -39,6 +39,7 @@ REDUCE = "csrc/cuda/reduce.cuh"
 TRITON = "resnet_fused/triton_kernels/kernels.py"
 TRITON_GLUE = "resnet_fused/triton_kernels/batch_norm_add_relu.py"
 AUTOGRAD = "resnet_fused/autograd.py"
+BACKEND = "resnet_fused/backend.py"
 BLOCKS = "resnet_fused/blocks.py"
 TRACING = "resnet_fused/tracing.py"
 MATCHING = "resnet_fused/matching.py"
@@ -185,7 +186,13 @@ FAULTS = [
     Fault("buffers assigned to in vain", TRACING, "shell._parameters, shell._buffers, shell._modules)", "shell._parameters, shell._modules)", "convert"),
     Fault("withheld attributes absent", TRACING, "if name in module.__dict__:", "if False:", "rewrite"),
     Fault("classes of values assumed", TRACING, 'if node.op != "placeholder"]:', "if False]:", "convert"),
-    Fault("backend forgotten", "resnet_fused/backend.py", "        _choose(previous)", "        pass", "backend"),
+    Fault("backend forgotten", BACKEND, "if other is not entry", "if True", "backend"),
+    Fault("blocks of one backend left together", BACKEND, "other is not entry", "other != entry", "backend"),
+    Fault("backend of every thread", BACKEND, "choice = _choice.get() if _GUARDS_ON_CONTEXT or", "choice = _last_choice if", "backend"),
+    Fault("warning breaks the graph", BACKEND, "_warn_of_fallback._dynamo_marked_constant = True", "", "backend"),
+    Fault("unserved device refused as any argument", BACKEND, "raise UnservedDevice(", "raise ValueError(", "backend"),
+    Fault("fused operators traced", BACKEND, "if _tracing_state() is not None:", "if False:", "compile"),
+    Fault("context compiled into a forward without gradients", AUTOGRAD, "cls.forward if is_compiling() and not needed else cls.apply", "cls.apply", "compile"),
     Fault("nvcc's wrapper taken for the toolkit", "setup.py", "if top else", "if False else", "build"),
     Fault("another CUDA's nvcc, unless forced", "setup.py", "if version and version[1] !=", "if version and FORCE_CUDA and version[1] !=", "build"),
     Fault("nvcc's answers read as text", "setup.py", "stderr=subprocess.STDOUT).stdout", "stderr=subprocess.STDOUT).stdout.decode('ascii')", "build"),

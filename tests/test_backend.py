@@ -1,9 +1,12 @@
 """Which backend runs, what happens where it is missing, and what the user is told."""
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -36,7 +39,6 @@ def registry(monkeypatch):
     backends.pop(cuda_on_cpu.BACKEND, None)
     monkeypatch.setattr(backend_module, "_backends", backends)
     monkeypatch.setattr(backend_module, "_warned", set())
-    monkeypatch.setattr(backend_module, "_chosen", "auto")
     monkeypatch.setattr(backend_module, "_serving", dict(backend_module._serving))
     return backends
 
@@ -85,6 +87,58 @@ def test_use_backend_nests_and_restores_after_an_error():
         assert backend_module.select("cpu").name == "cpu"
 
 
+def test_blocks_of_use_backend_may_be_left_in_any_order():
+    blocks = [use_backend(name) for name in ("cpu", "eager", "cpu")]
+    for block in blocks:
+        block.__enter__()
+    names = []
+    for left in (0, 2, 1):
+        blocks[left].__exit__(None, None, None)
+        names.append(backend_module.select("cpu").name)
+    assert names == ["cpu", "eager", "cpu"]  # the third's, the second's, the process's
+
+
+def test_each_thread_has_the_backend_that_it_uses():
+    barrier = threading.Barrier(2)
+
+    def chosen(name):
+        with use_backend(name):
+            barrier.wait(60)  # both are in their blocks
+            return backend_module.select("cpu").name
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(chosen, ("cpu", "eager"))) == ["cpu", "eager"]
+
+
+def test_each_asyncio_task_has_the_backend_that_it_uses():
+    async def chosen(name):
+        with use_backend(name):
+            await asyncio.sleep(0)  # the other task enters, or leaves, its block
+            return backend_module.select("cpu").name
+
+    async def both():
+        return await asyncio.gather(chosen("cpu"), chosen("eager"))
+
+    assert asyncio.run(both()) == ["cpu", "eager"]
+
+
+@pytest.mark.parametrize("first", ["cpu", "eager"])
+def test_a_compiled_function_runs_on_its_callers_backend(first):
+    """In whichever it was compiled, and in a thread where another is in use."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: functional.batch_norm_relu(x, None, None, training=True), fullgraph=True)
+
+    def is_right(name):
+        with use_backend(name):
+            ops = _ops_of(lambda: compiled(torch.ones(4, 3, 5, 5)))
+        return ("resnet_fused::batch_norm_relu" in ops) == (name == "cpu")
+
+    second = "eager" if first == "cpu" else "cpu"
+    assert all(map(is_right, (first, second, first)))
+    with use_backend(first), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(is_right, second).result() and is_right(first)
+
+
 def test_an_unknown_backend_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="backend: expected one of .*'cpu'.*got 'tpu'"), use_backend("tpu"):
         pass
@@ -92,7 +146,8 @@ def test_an_unknown_backend_is_refused_with_those_there_are():
 
 def test_a_backend_asked_for_by_name_refuses_another_device():
     x = torch.empty(4, 3, 5, 5, device="meta")
-    with use_backend("cpu"), pytest.raises(ValueError, match="'cpu' serves inputs on cpu, got one on meta"):
+    refused = pytest.raises(backend_module.UnservedDevice, match="'cpu' serves inputs on cpu, got one on meta")
+    with use_backend("cpu"), refused:
         functional.batch_norm_relu(x, None, None, training=True)
 
 
@@ -110,6 +165,16 @@ def test_auto_falls_back_to_eager_with_one_warning(registry):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _call()
+
+
+def test_a_compiled_call_falls_back_with_the_warning_and_without_a_graph_break(registry):
+    backend_module.register("cpu", "resnet_fused", ("cpu",), unavailable="not built; build it with make")
+    torch._dynamo.reset()
+    call = torch.compile(lambda x: functional.batch_norm_relu(x, None, None, training=True), fullgraph=True)
+    x = torch.randn(4, 3, 5, 5)
+    with pytest.warns(UserWarning, match="not built; build it with make"):
+        output = call(x)
+    torch.testing.assert_close(output, torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)))
 
 
 def test_a_further_backend_joins_by_register(registry):

@@ -1,6 +1,7 @@
 """torch.compile, torch.export, torch.func and fake tensors do with the fused operators what eager does."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_the_functions_compiled_with_inductor_equal_eager(device, training):
         assert_close(actual, expected, torch.float64)
 
 
+def test_a_tail_compiled_to_reduce_overhead_equals_eager(device, training):
+    """In training with gradients, in eval without."""
+    problem = Problem.random((6, 8, 5, 5), torch.float64, device=device, training=training)
+    tail = torch.compile(functional.batch_norm_add_relu, mode="reduce-overhead", fullgraph=True)
+    results = []
+    for function in (functional.batch_norm_add_relu, tail):
+        leaves = [getattr(problem, name).clone().requires_grad_(training) for name in ("input", "residual", "weight")]
+        statistics = problem.running_mean.clone(), problem.running_var.clone()
+        for _ in range(3):  # the first two warm up
+            output = function(*leaves[:2], *statistics, leaves[2], problem.bias, training)
+        grads = torch.autograd.grad(output, leaves, problem.grad_output) if training else []
+        results.append([output, *grads, *statistics])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, torch.float64)
+
+
 def test_a_compiled_block_follows_modes_and_backend(device):
     """A stale graph would go on with what it was compiled for."""
     torch._dynamo.reset()  # the recompilations of other backends count, too
@@ -135,6 +152,15 @@ def test_an_exported_block_equals_eager(device, training, strict):
             assert_close(exported(x), block(x), torch.float64)
     for name, value in exported.state_dict().items():
         assert_close(value, block.state_dict()[name], torch.float64, name=name)
+
+
+def test_a_traced_block_is_saved_and_loaded(device):
+    """torch.jit.trace records eager's operators: TorchScript refuses to save a Python function."""
+    block, x = _block(device).eval(), _images(device)
+    saved = io.BytesIO()
+    torch.jit.save(torch.jit.trace(block, x), saved)
+    saved.seek(0)
+    assert_close(torch.jit.load(saved)(x[:3]), block(x[:3]), torch.float64)
 
 
 def _loss_of(block, grad_output):
