@@ -5,8 +5,9 @@
 // running_mean, running_var and their gradients: (C,); num_batches_tracked: one int64; statistics: (2, C), the mean and
 // the inverse standard deviation that normalised. mask: where the ReLU passed, one bit an element of the dense input as
 // a matrix, (N, C * prod(*)) or, in channels_last, (N * prod(*), C): bit j % 8 of byte j / 8 of a row, (rows, bytes);
-// or undefined, and then the output serves in its place. residual_*: of the residual's own batch norm. A gradient that
-// was not asked for comes back undefined, too, None in Python.
+// or an empty vector, and then the output serves in its place (auto-functionalisation takes no op that mutates and
+// returns None). residual_*: of the residual's own batch norm. A gradient that was not asked for comes back
+// undefined, None in Python.
 
 #include <torch/csrc/stable/library.h>
 

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from .checks import check_arguments, check_batch_norms, check_device
-from .ops import unpack_mask
+from .ops import saved_for_mask, unpack_mask
 
 _transforms_are_active = torch._C._are_functorch_transforms_active
 
@@ -121,9 +121,9 @@ class BatchNormAddReLU(_Forward):
     def setup_context(ctx, inputs, outputs):
         input, _, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
         output, statistics, mask = outputs
-        ctx.mark_non_differentiable(statistics, *(() if mask is None else (mask,)))
+        ctx.mark_non_differentiable(statistics, mask)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, output if mask is None else mask, weight, bias, input_bias, statistics)
+        ctx.save_for_backward(input, saved_for_mask(output, mask), weight, bias, input_bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_output, *_):
@@ -250,10 +250,10 @@ class BatchNormAddBatchNormReLU(_Forward):
         *_, ctx.training, ctx.ops = inputs
         ctx.eps = inputs[8], inputs[17]
         output, *statistics, mask = outputs
-        ctx.mark_non_differentiable(*statistics, *(() if mask is None else (mask,)))
+        ctx.mark_non_differentiable(*statistics, mask)
         ctx.set_materialize_grads(False)
         saved = *inputs[:4], statistics[0], *inputs[9:13], statistics[1]
-        ctx.save_for_backward(output if mask is None else mask, *saved)
+        ctx.save_for_backward(saved_for_mask(output, mask), *saved)
 
     @staticmethod
     def backward(ctx, grad_output, *_):

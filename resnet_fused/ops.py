@@ -44,6 +44,16 @@ def new_gradients(like, weight, bias, input_bias, need_input, need_weight, need_
     )
 
 
+def new_mask(input, needed):
+    """In place of one that is not needed, an empty vector: auto-functionalisation takes no op that returns None."""
+    return input.new_empty(mask_shape(input) if needed else 0, dtype=torch.uint8)
+
+
+def saved_for_mask(output, mask):
+    """What tells a backward where the ReLU passed: the mask, or, where a forward wrote none, the output."""
+    return output if mask.dim() == 1 else mask
+
+
 def mask_shape(input):
     """Rows, and bytes of each."""
     rows, columns = matrix_shape(input)
@@ -74,9 +84,7 @@ def _batch_norm_relu(input, *arguments):
 
 def _mask(masking, input, training):
     """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
-    if not training or input.device.type not in masking:
-        return None
-    return input.new_empty(mask_shape(input), dtype=torch.uint8)
+    return new_mask(input, training and input.device.type in masking)
 
 
 def _batch_norm_add_relu(masking, input, residual, *arguments):

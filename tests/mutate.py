@@ -202,6 +202,8 @@ FAULTS = [
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
     Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
     Fault("cores that the process may not use counted", "setup.py", "len(os.sched_getaffinity(0))", "os.cpu_count()", "build"),
+    Fault("no mask in the place of an absent one", ARGUMENTS, "if (mask.defined()) return mask;", "return mask;", "compile"),
+    Fault("empty mask saved", "resnet_fused/ops.py", "output if mask.dim() == 1 else mask", "mask", "gradients"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),
     Fault("fake strides", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "compile"),
 ]  # fmt: skip

@@ -154,6 +154,26 @@ def test_an_exported_block_equals_eager(device, training, strict):
         assert_close(value, block.state_dict()[name], torch.float64, name=name)
 
 
+def test_a_package_of_aotinductor_equals_eager(device):
+    class Tails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.residual_bn = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+        def forward(self, x, residual):
+            bn, of_residual = (
+                functional.BatchNorm(bn.running_mean, bn.running_var, bn.weight, bn.bias)
+                for bn in (self.bn, self.residual_bn)
+            )
+            y = functional.batch_norm_add_relu(functional.batch_norm_relu(x, *bn[:4]), residual, *bn[:4])
+            return functional.batch_norm_add_batch_norm_relu(y, residual, bn, of_residual)
+
+    tails, x, residual = Tails().to(device, torch.float64).eval(), _images(device), _images(device)
+    program = torch.export.export(tails, (x, residual))
+    compiled = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program))
+    assert_close(compiled(residual, x), tails(residual, x), torch.float64)
+
+
 def test_a_traced_block_is_saved_and_loaded(device):
     """torch.jit.trace records eager's operators: TorchScript refuses to save a Python function."""
     block, x = _block(device).eval(), _images(device)

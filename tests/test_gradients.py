@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from resnet_fused import functional
 from resnet_fused.backend import get
-from resnet_fused.ops import unpack_mask
+from resnet_fused.ops import saved_for_mask, unpack_mask
 from resnet_fused.triton_kernels import IS_INTERPRETED
 
 from .problem import Problem, in_layout
@@ -68,14 +68,14 @@ def _raw_calls(problem, ops, training):
         (ops.batch_norm_relu, (x, *vectors, *running, *tail)),
         (
             ops.batch_norm_add_relu_backward,
-            (g, x, output if mask is None else mask, *vectors, statistics, training, True, True, True, True, True),
+            (g, x, saved_for_mask(output, mask), *vectors, statistics, training, True, True, True, True, True),
         ),
         (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
         (ops.batch_norm_relu_recompute, (x, *vectors[:2], statistics)),
         (ops.batch_norm_add_batch_norm_relu, (*norms, training)),
         (
             ops.batch_norm_add_batch_norm_relu_backward,
-            (g, output if mask is None else mask, x, *vectors, statistics, r, *vectors, statistics, training)
+            (g, saved_for_mask(output, mask), x, *vectors, statistics, r, *vectors, statistics, training)
             + (True, False, True, False, True, True, False, True),
         ),
     ]

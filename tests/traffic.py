@@ -2,6 +2,8 @@
 
 import torch
 
+from resnet_fused.ops import saved_for_mask
+
 # Reads and writes of the whole tensor, and a part of one for the mask's bits: a 32nd in float32, a 16th in half types.
 # The mask of a frozen batch norm is read off the output.
 LIMITS = {  # (residual, training): forward, backward
@@ -40,12 +42,12 @@ def passes(ops, problem, counters, reset):
     elif problem.normalizes_residual:
         other = (*vectors, *(tensor.clone() for tensor in running), 0.1, 1e-5)
         output, *statistics, mask = count(lambda: ops.batch_norm_add_batch_norm_relu(x, *norm, r, *other, training))
-        mask, needed = output if mask is None else mask, 2 * (True, True, True, False)
+        mask, needed = saved_for_mask(output, mask), 2 * (True, True, True, False)
         tensors = (x, *vectors, statistics[0], r, *vectors, statistics[1])
         count(lambda: ops.batch_norm_add_batch_norm_relu_backward(g, mask, *tensors, training, *needed))
     else:
         output, statistics, mask = count(lambda: ops.batch_norm_add_relu(x, r, *vectors, *running, training, 0.1, 1e-5))
-        mask, needed = output if mask is None else mask, (True, True, True, True, False)
+        mask, needed = saved_for_mask(output, mask), (True, True, True, True, False)
         count(lambda: ops.batch_norm_add_relu_backward(g, x, mask, *vectors, statistics, training, *needed))
     return counted
 

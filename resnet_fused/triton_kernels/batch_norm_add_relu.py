@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 
 from ..checks import check_arguments, check_batch_norms, check_device, check_like_input, check_of_forward
-from ..ops import mask_shape, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
+from ..ops import mask_shape, matrix_shape, memory_format_of, new_gradients, new_like_input, new_mask, new_statistics
 from . import kernels
 from .kernels import Gradients, Matrix, Norm, Tail
 from .plan import ceil_div, make_plan
@@ -77,8 +77,8 @@ def _forward(input, residual, norms, training):
     (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps)."""
     output, mask = new_like_input(input), None
     statistics = [new_statistics(input) for _ in norms]
-    if training and residual is not None:
-        mask = input.new_empty(mask_shape(input), dtype=torch.uint8)
+    if residual is not None:
+        mask = new_mask(input, training)
     if input.numel() == 0:  # nothing to normalise: the statistics that come back are never used
         for *_, num_batches_tracked, _, _ in norms:
             if training and num_batches_tracked is not None:
@@ -102,7 +102,7 @@ def _forward(input, residual, norms, training):
             arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
             launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
         of_norms = [(norm, eps) for norm, (*_, eps) in zip(dense, norms, strict=True)]
-        arguments = *_both(of_norms, None, 0.0), r, output, mask, matrix, training
+        arguments = *_both(of_norms, None, 0.0), r, output, mask if training else None, matrix, training
         launch(kernels.normalize, (plan.programs,), options, *arguments)
     if training:
         for norm, (*_, running_mean, running_var, _, _, _) in zip(dense, norms, strict=True):
