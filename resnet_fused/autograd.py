@@ -85,9 +85,12 @@ def _differentiable_backward(mask, training, eps, statistics, grad_output, input
     return g * _view_per_channel(scale, x), g, grad_weight, grad_bias, grad_bias * scale
 
 
-def _double_backward(mask, training, eps, statistics, primals, cotangents, needs_input_bias):
-    """Vector-Jacobian product of :func:`_differentiable_backward` with respect to (grad_output, input, weight), and,
-    last, to a bias left out of input, which acts as input does, where the statistics are constants."""
+def _double_backward(mask, training, eps, statistics, primals, cotangents, needs_bias, needs_input_bias):
+    """Vector-Jacobian product of :func:`_differentiable_backward` with respect to (grad_output, input, weight, bias),
+    and, last, to a bias left out of input, which acts as input does, where the statistics are constants.
+
+    Of bias zeros, as eager's, not None: it moves no more than the mask.
+    """
     has_weight = primals[2] is not None
     primals = primals if has_weight else primals[:2]
 
@@ -100,9 +103,15 @@ def _double_backward(mask, training, eps, statistics, primals, cotangents, needs
         for output, cotangent in zip(outputs, cotangents, strict=True)
     )
     grad_grad_output, grad_input, *grad_weight = vjp(cotangents)
-    needs_input_bias &= not training
-    grad_input_bias = grad_input.sum([0, *range(2, grad_input.dim())]) if needs_input_bias else None
-    return grad_grad_output, grad_input, grad_weight[0] if has_weight else None, grad_input_bias
+    grad_bias = statistics.new_zeros(statistics.shape[1]) if needs_bias or needs_input_bias else None
+    grad_input_bias = grad_bias if training else grad_input.sum([0, *range(2, grad_input.dim())])
+    return (
+        grad_grad_output,
+        grad_input,
+        grad_weight[0] if has_weight else None,
+        grad_bias if needs_bias else None,
+        grad_input_bias if needs_input_bias else None,
+    )
 
 
 class BatchNormAddReLU(_Forward):
@@ -136,7 +145,11 @@ class BatchNormAddReLU(_Forward):
 
 
 class BatchNormAddReLUBackward(Function):
-    """The backward of :class:`BatchNormAddReLU`, differentiable in turn."""
+    """The backward of :class:`BatchNormAddReLU`, differentiable in turn.
+
+    Where the output is the mask, its gradient, zeros, reaches the residual and all that is before it, as in eager.
+    Through a mask of bits nothing does: there a residual gets None where eager gives it zeros.
+    """
 
     @staticmethod
     def forward(*args):
@@ -151,16 +164,17 @@ class BatchNormAddReLUBackward(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         grad_output, input, mask, weight, statistics = ctx.saved_tensors
-        grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
+        grad_grad_output, grad_input, *grad_vectors = _double_backward(
             _passed(mask, input),
             ctx.training,
             ctx.eps,
             statistics,
             (grad_output, input, weight),
             cotangents,
-            ctx.needs_input_grad[5],
+            *ctx.needs_input_grad[4:6],
         )
-        return grad_grad_output, grad_input, None, grad_weight, None, grad_input_bias, *(None,) * 9
+        grad_mask = torch.zeros_like(mask) if ctx.needs_input_grad[2] else None
+        return grad_grad_output, grad_input, grad_mask, *grad_vectors, *(None,) * 9
 
 
 class BatchNormReLU(_Forward):
@@ -210,28 +224,25 @@ class BatchNormReLUBackward(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        grad_output, input, weight, bias, _, statistics, ctx.training, *_, ctx.eps, _ = inputs
+        grad_output, input, weight, bias, _, statistics, ctx.training, *_, ctx.eps, ctx.ops = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, input, weight, bias, statistics)
 
     @staticmethod
     def backward(ctx, grad_weighted_input, *grad_weighted_vectors):
         grad_output, input, weight, bias, statistics = ctx.saved_tensors
-        mean, invstd = statistics
-        scale = invstd if weight is None else invstd * weight
-        output = (input - _view_per_channel(mean, input)) * _view_per_channel(scale, input)
-        if bias is not None:
-            output = output + _view_per_channel(bias, input)
-        grad_grad_output, grad_input, grad_weight, grad_input_bias = _double_backward(
-            ~(output.to(input.dtype) <= 0),
+        with torch.no_grad():  # the op has no derivative, and the mask none but zero
+            output = ctx.ops.batch_norm_relu_recompute(input, weight, bias, statistics)
+        grads = _double_backward(
+            ~(output <= 0),
             ctx.training,
             ctx.eps,
             statistics,
             (grad_output, input, weight),
             (grad_weighted_input, None, *grad_weighted_vectors),
-            ctx.needs_input_grad[4],
+            *ctx.needs_input_grad[3:5],
         )
-        return grad_grad_output, grad_input, grad_weight, None, grad_input_bias, *(None,) * 8
+        return *grads, *(None,) * 8
 
 
 class BatchNormAddBatchNormReLU(_Forward):
@@ -291,15 +302,15 @@ class BatchNormAddBatchNormReLUBackward(Function):
         for i, eps in enumerate(ctx.eps):
             input, weight, statistics = saved[3 * i : 3 * i + 3]
             of_input, *of_vectors = cotangents[4 * i : 4 * i + 4]
-            grad, grad_input, grad_weight, grad_input_bias = _double_backward(
+            grad, *of_norm = _double_backward(
                 mask,
                 ctx.training,
                 eps,
                 statistics,
                 (grad_output, input, weight),
                 (of_input, None, *of_vectors),
-                ctx.needs_input_grad[5 + 5 * i],
+                *ctx.needs_input_grad[4 + 5 * i : 6 + 5 * i],
             )
             grad_grad_output = grad_grad_output + grad
-            grads += grad_input, grad_weight, None, grad_input_bias, None
+            grads += *of_norm, None
         return grad_grad_output, None, *grads, *(None,) * 11

@@ -141,6 +141,31 @@ def test_the_second_derivative_is_not_silently_dropped(backend, device, with_res
     assert torch.count_nonzero(second) > 0
 
 
+def test_the_second_derivative_is_masked_by_the_output_as_stored(backend, device, dtype):
+    """Where each channel's bias cancels its values but for rounding, on either side of 0."""
+    x, mean, weight = (torch.randn(4, 256, 1, 1, dtype=torch.float64).to(dtype) for _ in range(3))
+    x = x[:1].expand(4, 256, 3, 3).contiguous()
+    vectors = [vector[0].flatten().to(device) for vector in (mean, torch.ones_like(mean), weight)]
+    bias = -((x[0, :, 0, 0].double() - vectors[0].cpu().double()) * vectors[2].cpu().double()).to(dtype)
+    x, grad_output = x.to(device).requires_grad_(), torch.ones_like(x, device=device).requires_grad_()
+    y = functional.batch_norm_relu(x, *vectors, bias.to(device), eps=1e-5)
+    (first,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), grad_output)
+    assert 0.2 < (y > 0).double().mean() < 0.8
+    assert torch.equal(second != 0, y > 0)
+
+
+def test_a_penalty_on_a_gradient_reaches_what_it_reaches_in_eager(backend, device, training, with_residual):
+    """With zeros, all but that gradient's own: zeros and None differ to weight decay and DDP."""
+    problem = _problem((4, 3, 3, 2), "contiguous", device, with_residual)
+    call, leaves = _call(problem, training)
+    (first,) = torch.autograd.grad(call(*leaves), leaves[0], problem.grad_output, create_graph=True)
+    grads = torch.autograd.grad(first.pow(2).sum(), leaves, allow_unused=True)
+    absent = [i for i, grad in enumerate(grads) if grad is None]
+    # A mask of bits is connected to nothing; the residual comes last.
+    assert absent == ([len(leaves) - 1] if with_residual is True and get(backend).masks and training else [])
+
+
 def test_grad_output_in_any_layout(backend, device, layout):
     problem = Problem.random((4, 6, 5, 3), torch.float64, layout, device)
     for grad_output in (
