@@ -57,6 +57,7 @@ FAULTS = [
     Fault("float16 overflows early", KERNELS, "0x477ff000u", "0x477fe000u", "edges"),
     Fault("float16 subnormals", KERNELS, "magnitude < 0x38800000u", "magnitude < 0x38000000u", "edges"),
     Fault("float16 infinity read as number", KERNELS, "magnitude >= 0x0f800000u", "magnitude > 0x0f800000u", "edges"),
+    Fault("float16 subnormals flushed", KERNELS, "_mm_setcsr(mode & ~kSubnormalsAreZero);", "", "edges"),
     Fault("infinite origin", KERNELS, "mean - mean == 0 ? mean : 0", "mean", "edges"),
     Fault("raw second moments", KERNELS, "mean - mean == 0 ? mean : 0", "A{0}", "edges"),
     Fault("last row dropped", KERNELS, "for (; row < rows; ++row)", "for (; row + 1 < rows; ++row)"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_fused import functional
+from resnet_fused import functional, reference
 from resnet_fused.backend import get
 
 from .problem import Problem, in_layout
@@ -244,6 +244,25 @@ def test_every_half_value_is_read_as_an_input(backend, device, dtype):
     actual = functional.batch_norm_relu(every.to(device), zero, one, one / 4, zero, eps=0.0)
     expected = torch.relu(every.float() / 4).to(dtype)
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+# In eager, too, each thread flushes or does not: of bfloat16 only one thread's values are defined.
+@pytest.mark.parametrize(("dtype", "threads"), [(torch.float16, 1), (torch.float16, 2), (torch.bfloat16, 1)], ids=str)
+def test_subnormals_are_flushed_where_eager_flushes_them(dtype, threads):
+    """All 65,536 values, as the input and as the residual."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+    none, (zero, one), before = torch.zeros_like(every), torch.tensor([[0.0], [1.0]]), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.set_flush_denormal(True)
+        actual, expected = (
+            [f.batch_norm_add_relu(*tensors, zero, one, eps=0.0) for tensors in ((every, none), (none, every))]
+            for f in (functional, reference)
+        )
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_float16_overflows_to_infinity_as_in_eager(backend, device):

@@ -697,6 +697,29 @@ void grad_input(const Plan& plan, Work work, const Coefficients& coefficients, c
 template <typename T>
 constexpr Kernels kKernels = {moments<T>, normalize<T>, gradient_sums<T>, grad_input<T>};
 
+#if defined(__SSE2__)
+// The kernel, with float32 subnormals as operands even where torch.set_flush_denormal takes them for 0: one of float16,
+// which eager keeps, is read as one. (Reading it as a difference of normals took 25 % more time forward, 40 %
+// backward.)
+template <auto kernel>
+struct KeepingSubnormals;
+template <typename... Args, void (*kernel)(Args...)>
+struct KeepingSubnormals<kernel> {
+  static void call(Args... args) {
+    constexpr unsigned kSubnormalsAreZero = 0x40;
+    const unsigned mode = _mm_getcsr();
+    _mm_setcsr(mode & ~kSubnormalsAreZero);
+    kernel(args...);
+    _mm_setcsr(mode);
+  }
+};
+
+template <>
+constexpr Kernels kKernels<Float16> = {
+    KeepingSubnormals<moments<Float16>>::call, KeepingSubnormals<normalize<Float16>>::call,
+    KeepingSubnormals<gradient_sums<Float16>>::call, KeepingSubnormals<grad_input<Float16>>::call};
+#endif
+
 }  // namespace
 
 const Kernels& kernels(ElementType type) {
