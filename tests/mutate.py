@@ -206,6 +206,7 @@ FAULTS = [
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
     Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
     Fault("cores that the process may not use counted", "setup.py", "len(os.sched_getaffinity(0))", "os.cpu_count()", "build"),
+    Fault("compiled refusals left to the op", AUTOGRAD, "cls.check(*args)\n            # Where", "# Where", "compile"),
     Fault("no mask in the place of an absent one", ARGUMENTS, "if (mask.defined()) return mask;", "return mask;", "compile"),
     Fault("empty mask saved", "resnet_fused/ops.py", "output if mask.dim() == 1 else mask", "mask", "gradients"),
     Fault("fake mask on every device", "resnet_fused/ops.py", "input.device.type not in masking", "not masking", "compile"),

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from resnet_fused import FusedResidual, functional, use_backend
+from resnet_fused import FusedResidual, functional, reference, use_backend
 
 from .problem import Problem, in_layout
 from .tolerances import assert_close
@@ -135,6 +135,22 @@ def test_a_compiled_block_follows_modes_and_backend(device):
     with use_backend("eager"):
         assert_close(compiled(x), eager(x), torch.float64)
     assert counter.frame_count == graphs + 1
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_a_compiled_caller_may_catch_a_refusal_and_run_eager(device, needs_grad):
+    """Of a counter that is no int64: in one graph, and counted once."""
+
+    def caught(x, counter):
+        try:
+            return functional.batch_norm_relu(x, None, None, training=True, num_batches_tracked=counter)
+        except (TypeError, ValueError):
+            return reference.batch_norm_relu(x, None, None, training=True, num_batches_tracked=counter)
+
+    x, counter = _images(device).requires_grad_(needs_grad), torch.tensor(3.0, device=device)
+    output = torch.compile(caught, backend="aot_eager", fullgraph=True)(x, counter)
+    assert_close(output, torch.relu(nn.functional.batch_norm(x, None, None, training=True)), torch.float64)
+    assert counter == 4
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
