@@ -3,8 +3,8 @@
 from . import functional
 from .backend import available_backends, use_backend
 from .blocks import FusedResidual, Residual
-from .convert import fuse, unfuse
 from .resnet import resnet18
+from .rewriting import fuse, unfuse, unfused
 
 __version__ = "0.1.0"
 
@@ -16,5 +16,6 @@ __all__ = [
     "fuse",
     "resnet18",
     "unfuse",
+    "unfused",
     "use_backend",
 ]

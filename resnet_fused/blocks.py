@@ -1,14 +1,9 @@
 """The residual block, plain and fused. A block holds its layers and the data flow between them, no more."""
 
-from contextlib import nullcontext
-
-import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from .functional import BatchNorm, batch_norm_add_batch_norm_relu, batch_norm_add_relu, batch_norm_relu
-from .recompute import recomputing
+from .calls import call_batch_norm_add_relu, call_batch_norm_relu, convolve, is_plain
 
 
 class Residual(nn.Module):
@@ -46,109 +41,16 @@ class Residual(nn.Module):
         return F.relu(Y)
 
 
-def is_plain(layer, layer_class):
-    """Whether the layer does what its class's forward says and no more, so that its arithmetic may be fused."""
-    return has_no_additions(layer, layer_class) and not _has_any_global_hook()
-
-
-def has_no_additions(layer, layer_class):
-    """Whether the layer is plain but for hooks that are on every module."""
-    return (
-        type(layer) is layer_class
-        and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
-    )
-
-
-def _convolve_without_bias(conv, X):
-    """(convolution without its bias, the bias), or (the layer's output, None) where it must run as a module."""
-    if is_plain(conv, nn.Conv2d):
-        return conv._conv_forward(X, conv.weight, None), conv.bias
-    return conv(X), None
-
-
-def _batch_norm_arguments(bn):
-    """What nn.BatchNorm2d.forward would hand to F.batch_norm, with the counter beside it."""
-    tracks = bn.training and bn.track_running_stats
-    uses_running = not bn.training or bn.track_running_stats
-    counter = bn.num_batches_tracked if tracks else None
-    return {
-        "running_mean": bn.running_mean if uses_running else None,
-        "running_var": bn.running_var if uses_running else None,
-        "weight": bn.weight,
-        "bias": bn.bias,
-        "training": bn.training or (bn.running_mean is None and bn.running_var is None),
-        "momentum": 0.0 if bn.momentum is None and counter is None else bn.momentum,
-        "eps": bn.eps,
-        "num_batches_tracked": counter,
-    }
-
-
-def call_batch_norm_relu(bn, input):
-    """``relu(bn(input))``, of a plain batch norm, fused."""
-    bn._check_input_dim(input)
-    return batch_norm_relu(input, **_batch_norm_arguments(bn))
-
-
-def call_batch_norm_add_relu(bn, input, residual, inplace):
-    """``relu(bn(input) + residual)``, or, ``inplace``, ``relu(bn(input).add_(residual))``; of a plain batch norm.
-
-    Fused where both sums are the same: an out-of-place one broadcasts, and promotes types.
-    """
-    if not _are_alike(input, residual):
-        output = bn(input)
-        return F.relu(output.add_(residual) if inplace else output + residual)
-    bn._check_input_dim(input)
-    return batch_norm_add_relu(input, residual, **_batch_norm_arguments(bn))
-
-
-def call_batch_norm_add_batch_norm_relu(bn, input, residual_bn, residual, inplace):
-    """``relu(bn(input) + residual_bn(residual))``, of plain batch norms; ``inplace`` as above.
-
-    Fused where the tensors are alike, and both batch norms in the same mode.
-    """
-    first, second = _batch_norm_arguments(bn), _batch_norm_arguments(residual_bn)
-    training = first.pop("training")
-    if not _are_alike(input, residual) or second.pop("training") != training:
-        return call_batch_norm_add_relu(bn, input, residual_bn(residual), inplace)
-    bn._check_input_dim(input)
-    residual_bn._check_input_dim(residual)
-    return batch_norm_add_batch_norm_relu(input, residual, BatchNorm(**first), BatchNorm(**second), training)
-
-
-def _are_alike(input, residual):
-    return (
-        isinstance(residual, torch.Tensor)
-        and residual.shape == input.shape
-        and residual.dtype == input.dtype
-        and residual.device == input.device
-    )
-
-
-def call_recomputing(consumer, input):
-    """``consumer(input)``; where input is an output of :func:`call_batch_norm_relu`, it is not kept for backward."""
-    with recomputing(input):
-        return consumer(input)
-
-
-def _sum_biases(bias, other):
-    return other if bias is None else bias if other is None else bias + other
-
-
 class FusedResidual(Residual):
     """A drop-in for :class:`Residual`: the same parameters, ``state_dict`` and numbers, with less memory traffic.
 
     Both batch norms run fused with what follows them, and the convolutions run without their biases: batch statistics
     cancel those of ``conv1`` and ``conv2`` (their gradient is a zero tensor), and that of ``conv3`` joins ``bn2``'s.
 
-    The children stay plain ``nn.Conv2d`` and ``nn.BatchNorm2d``. One that is of another class, carries hooks or
-    parametrizations, or has a ``forward`` of its own is called as a module, and that part runs unfused.
+    The children stay plain ``nn.Conv2d`` and ``nn.BatchNorm2d``. Where a batch norm is of another class, carries hooks
+    or parametrizations, or has a ``forward`` of its own, the block runs unfused; such a convolution is called as it is.
 
-    Arguments and shapes as :class:`Residual`'s. The forward raises ValueError where X is not 4-D, and what
-    :func:`resnet_fused.functional.batch_norm_add_relu` raises.
+    Arguments, shapes and errors as :class:`Residual`'s.
     """
 
     _memory_efficient = False  # fuse sets it on an instance
@@ -164,26 +66,10 @@ class FusedResidual(Residual):
         return fused
 
     def forward(self, X):
-        if X.dim() != 4:
-            raise ValueError(f"X: expected 4 dimensions, (N, C, H, W), got shape {tuple(X.shape)}")
-        Y = self._conv_bn_relu(X)
-        return self._conv_bn_add_relu(Y, X)
-
-    def _conv_bn_relu(self, X):
-        if not is_plain(self.bn1, nn.BatchNorm2d):
-            return F.relu(self.bn1(self.conv1(X)))
-        X, conv_bias = _convolve_without_bias(self.conv1, X)
-        return batch_norm_relu(X, **_batch_norm_arguments(self.bn1), input_bias=conv_bias)
-
-    def _conv_bn_add_relu(self, Y, X):
-        if not is_plain(self.bn2, nn.BatchNorm2d):
-            Y = self.bn2(self.conv2(Y))
-            X = X if self.conv3 is None else self.conv3(X)
-            return F.relu((Y + X.expand_as(Y)).to(Y.dtype))  # not in place: a hook may have kept Y
-        with recomputing(Y) if self._memory_efficient else nullcontext():
-            Y, conv_bias = _convolve_without_bias(self.conv2, Y)
-        arguments = _batch_norm_arguments(self.bn2)
-        if self.conv3 is not None:
-            X, residual_bias = _convolve_without_bias(self.conv3, X)
-            arguments["bias"] = _sum_biases(arguments["bias"], residual_bias)
-        return batch_norm_add_relu(Y, X, **arguments, input_bias=conv_bias)
+        if not (is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)):
+            return super().forward(X)
+        Y = call_batch_norm_relu(self.bn1, *convolve(self.conv1, X))
+        Y, bias = convolve(self.conv2, Y, self._memory_efficient)
+        X, residual_bias = (X, None) if self.conv3 is None else convolve(self.conv3, X)
+        X = X if X.dtype == Y.dtype else X.to(Y.dtype)  # fused, where `Y += X` would add and then convert
+        return call_batch_norm_add_relu(self.bn2, Y, X, True, bias, residual_bias)

@@ -107,5 +107,5 @@ def calls(monkeypatch):
             calls.append(_name)
             return _function(*args, **kwargs)
 
-        monkeypatch.setattr(f"resnet_fused.blocks.{name}", spy)
+        monkeypatch.setattr(f"resnet_fused.calls.{name}", spy)
     return calls

@@ -332,11 +332,14 @@ def test_an_empty_batch_counts_and_gives_zero_gradients(device, layout):
 
 
 @pytest.mark.parametrize("shape", [(8, 7, 7), (2, 8, 7, 7, 7), (2, 8)], ids=str)
-def test_an_input_that_is_not_4d_is_refused_by_name(device, shape):
-    _, fused = _pair(device)
-    with pytest.raises(ValueError, match=r"X: expected 4 dimensions, .* got shape \(" + ", ".join(map(str, shape))):
-        fused(torch.randn(shape, dtype=torch.float64, device=device))
-    assert fused.bn1.num_batches_tracked == 3
+def test_an_input_that_is_not_4d_is_refused_as_the_plain_block_refuses_it(device, shape):
+    messages = []
+    for block in _pair(device):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            block(torch.randn(shape, dtype=torch.float64, device=device))
+        messages.append(str(error.value))
+        assert block.bn1.num_batches_tracked == 3
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -485,16 +488,6 @@ def test_a_hook_on_a_layer_sees_what_the_plain_blocks_sees_and_changes_nothing(d
     _assert_equal_blocks(*blocks)
     ((expected,), (actual,)) = seen
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("hook", ["full_backward_pre", "full_backward"])
-def test_a_backward_hook_on_bn2_works_where_the_plain_block_fails(device, training, hook):
-    """`Y += X` writes into what such a hook has wrapped, which autograd forbids; the fused block adds out of place."""
-    plain, fused = _pair(device, training=training)
-    calls = []
-    HOOKS[hook](fused.bn2, lambda *tensors: calls.append(tensors))
-    _assert_equal_blocks(plain, fused)
-    assert len(calls) == 1
 
 
 def test_a_hook_may_change_what_a_layer_returns(device, training):

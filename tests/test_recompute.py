@@ -263,11 +263,15 @@ class TwoUsers(nn.Module):
         return self.conv(Y) + Y
 
 
+def rewrites_of(model):
+    return [rewrite.source for rewrite in type(model)._rewrites]
+
+
 def test_an_output_that_something_else_takes_is_kept():
     kept, recomputed = twins(prepared(TwoUsers()))
-    assert type(kept) is type(recomputed)
+    assert rewrites_of(kept) == rewrites_of(recomputed)
     linear = twins(prepared(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))))
-    assert type(linear[0]) is type(linear[1])
+    assert rewrites_of(linear[0]) == rewrites_of(linear[1])
 
 
 BLOCKS = {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .blocks import is_plain
+from ..calls import CONVOLUTIONS, is_plain
 from .tracing import is_sequential
 
 RETURNED = "its output is returned"
@@ -27,6 +27,7 @@ class Tail(NamedTuple):
     add: fx.Node | None = None  # among them
     residual_steps: tuple[fx.Node, ...] = ()  # from the residual's batch norm to before the add
     consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
+    convolutions: tuple[fx.Node, ...] = ()  # those with a bias that the tail may take over: of the input, the residual
 
     @property
     def batch_norm(self):
@@ -54,6 +55,10 @@ class Tail(NamedTuple):
     @property
     def adds_in_place(self):
         return self.add.target in _IN_PLACE_ADDS
+
+    @property
+    def normalizes_residual_first(self):
+        return self.batch_norm in _between(self.residual_steps[0], self.add)
 
     @property
     def sequentials(self):
@@ -137,7 +142,15 @@ class _Matcher:
         if not self._is_relu(user):
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        return Tail((*steps, user), add, residual_steps, None if add else self._consumer(user))
+        tail = Tail((*steps, user), add, residual_steps, None if add else self._consumer(user))
+        inputs = tail.input, *((tail.residual,) if add else ())
+        return tail._replace(convolutions=tuple(node for node in inputs if self._has_a_bias(node)))
+
+    def _has_a_bias(self, node):
+        """Whether the node is a plain convolution with a bias, whose output nobody else takes."""
+        layer = self.layers[node.target] if node.op == "call_module" else None
+        is_convolution = type(layer) in CONVOLUTIONS and self._is_call(node, type(layer))
+        return is_convolution and layer.bias is not None and len(node.users) == 1
 
     def _residual_steps(self, steps, add):
         """Those of the batch norm whose output is the other operand, and is nothing else."""
@@ -210,8 +223,15 @@ class _Matcher:
         (input,) = steps[0].all_input_nodes
         comes_from = self.layers.get(input.target) if input.op == "call_module" else None
         is_its_own = isinstance(comes_from, nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
-        if not is_its_own and not all(node in (*steps, *other_steps) for node in _between(steps[0], add)):
+        between = [node for node in _between(steps[0], add) if node not in (*steps, *other_steps)]
+        if between and not is_its_own:
             raise _NoTail("what runs between it and the add might change its input")
+        if any(self._shares_statistics(steps[0], node) for node in between if node.op == "call_module"):
+            raise _NoTail("what runs between it and the add updates the same statistics")
+
+    def _shares_statistics(self, batch_norm, node):
+        mine, theirs = (self.layers[name].buffers() for name in (batch_norm.target, node.target))
+        return not set(map(id, mine)).isdisjoint(map(id, theirs))
 
     def _label(self, node):
         if node.op == "output":

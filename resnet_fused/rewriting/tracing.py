@@ -1,0 +1,268 @@
+"""The graph of a module's forward, and all that the graph takes for granted. What a graph cannot say is refused."""
+
+import contextlib
+import operator
+import sys
+import threading
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from .lookups import Guard, is_constant, plain_class
+
+_OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_NEVER_GUARDED = _OWN_ATTRIBUTES - {"training", "_modules"}
+LOCK = threading.RLock()  # for plan: torch.fx patches nn.Module while it traces
+
+
+def is_sequential(module):
+    """Whether the module's forward is nn.Sequential's, whatever its class."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def trace(module, training, scanner, inlined, argument_class):
+    """The graph of the module's forward in one mode, with the steps of Sequentials where ``inlined(path)``, and whether
+    the forward asks for the class of an argument, which then is ``argument_class``.
+
+    Every other module is one step. The placeholders are the arguments without a default; those with one have it. What
+    the graph takes for granted is added to the scanner's guards. Raises whatever the forward raises, and RuntimeError
+    where the graph is not all that the forward does.
+    """
+    shells = {}
+    shell = _shell(module, training, "", shells)
+    tracer = _Tracer({id(shell): at for at, shell in shells.values()}, scanner, inlined, argument_class)
+    state = _state(shells)
+    scanner.look_up("", type(module), "forward")
+    # A grad mode that the forward sets differs from one of the two.
+    try:
+        with torch.set_grad_enabled(training), _recording(tracer.record), _NoTensors():
+            graph = tracer.trace(shell)
+        tracer.guard_children()
+    finally:  # no cycle is to hold the module's tensors
+        tracer.root, tracer.inlined, tracer.origins = None, None, {}
+    if assigned := [name for name, value in _state(shells).items() if state.get(name, shell) is not value]:
+        raise RuntimeError(f"it assigns to {', '.join(assigned)}")
+    if asked := [node.name for node in tracer.asked if node.op != "placeholder"]:
+        raise RuntimeError(f"it asks for the class of {', '.join(asked)}")
+    return graph, bool(tracer.asked)
+
+
+def _shell(module, training, path, shells):
+    """A stand-in for tracing: of the module's class, sharing its tensors, without what a trace could change in it."""
+    if module is None or isinstance(module, torch.jit.ScriptModule):
+        return module
+    if module in shells:
+        return shells[module][1]
+    shell = object.__new__(type(module))
+    shells[module] = (path, module), shell
+    for name, value in module.__dict__.items():
+        if name in _OWN_ATTRIBUTES or is_constant(value):
+            shell.__dict__[name] = value.copy() if hasattr(value, "copy") else value
+    shell.__dict__["training"] = training
+    for name, child in module._modules.items():
+        shell._modules[name] = _shell(child, training, _join(path, name), shells)
+    return shell
+
+
+def _state(shells):
+    """Every attribute that a forward could assign to."""
+    return {
+        _join(path, name): value
+        for (path, _), shell in shells.values()
+        for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
+        for name, value in attributes.items()
+    }
+
+
+def _join(path, name):
+    return f"{path}.{name}" if path else name
+
+
+@contextlib.contextmanager
+def _recording(record):
+    """Show every attribute that a module is asked for in this thread to ``record``, with the name of who asks."""
+    thread = threading.get_ident()
+
+    def __getattribute__(module, name):
+        if threading.get_ident() == thread:
+            record(module, name, sys._getframe(1).f_globals.get("__name__", ""))
+        return object.__getattribute__(module, name)
+
+    nn.Module.__getattribute__ = __getattribute__
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+class _NoTensors(TorchFunctionMode):
+    """Refuses what would run while tracing, and be a constant of the graph: a random draw, say, on any device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_step = any(issubclass(type(leaf), fx.Proxy) for leaf in tree_leaves((args, kwargs)))
+        if not is_step and function.__name__ not in ("__get__", "_set_grad_enabled"):
+            raise RuntimeError(f"it runs {function.__name__}() on no input, whose result a graph would keep")
+        return function(*args, **kwargs)
+
+
+class _Proxy(fx.Proxy):
+    """fx records ``Y += X`` as ``Y + X``, but ``X += Y`` on a module's input is not ``X + Y``."""
+
+    @property
+    def __class__(self):  # what isinstance looks at; torch's own C++ would take the proxy for a tensor
+        asks_torch = sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+        return _Proxy if asks_torch else self.tracer.class_of(self.node)
+
+    def __setattr__(self, name, value):
+        if name not in ("tracer", "node"):
+            raise RuntimeError(f"it assigns to {name} of a tensor")
+        super().__setattr__(name, value)
+
+    def __hash__(self):
+        raise RuntimeError("it looks a tensor up")
+
+    def __format__(self, specification):
+        raise RuntimeError("it writes a tensor down")
+
+    def __getattr__(self, name):  # fx has any attribute
+        if not hasattr(torch.Tensor, name) and self.tracer.scanner.asks & {"hasattr", "getattr"}:
+            self.tracer.asked.add(self.node)
+            raise AttributeError(name)
+        return super().__getattr__(name)
+
+
+def _in_place(operation):
+    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+class _Tracer(fx.Tracer):
+    """What changes how steps run, and is no step itself, is refused."""
+
+    proxy_buffer_attributes = True  # else a forward that counts its calls would count in the real buffer
+
+    def __init__(self, origins, scanner, inlined, argument_class):
+        super().__init__()
+        self.origins = origins  # id of a shell -> its path and module
+        self.inlined = inlined
+        self.argument_class = argument_class
+        self.asked = set()
+        self.children = set()  # those that the forward looks up, by path and name
+        self.scanner = scanner
+        self.thread = threading.get_ident()
+        self.records = False  # not what fx reads
+
+    def record(self, shell, name, reader):
+        if not self.records or id(shell) not in self.origins or name in _NEVER_GUARDED:
+            return
+        if reader.startswith(("torch.fx", __package__)):
+            return
+        path, module = self.origins[id(shell)]
+        own = object.__getattribute__(shell, "__dict__")
+        add = self.scanner.add
+        if name == "training":
+            if path:  # else both modes are traced, all layers in the same
+                add(Guard(path, "{module}.training is self.training"))
+        elif name == "_modules":
+            add(Guard.same(path, "tuple({module}._modules)", tuple(own["_modules"])))
+        elif name in own:
+            if name not in module.__dict__:
+                raise RuntimeError(f"it assigns to {_join(path, name)}")
+            add(Guard.same(path, f"{{module}}.{name}", own[name]))
+            self.scanner.follow(own[name])
+        elif name in own["_modules"]:
+            self.children.add((path, name))
+        elif kind := next((kind for kind in ("_parameters", "_buffers") if name in own[kind]), None):
+            is_none = ", 0) is None" if own[kind][name] is None else ") is not None"
+            add(Guard(path, f"{{module}}.{kind}.get({name!r}{is_none}"))
+        elif name in module.__dict__:
+            raise RuntimeError(f"it reads {_join(path, name)}, a {type(module.__dict__[name]).__name__}")
+        elif name == "__class__" and not reader.startswith(("torch.", "abc")):  # abc: for isinstance, of torch, too
+            if not path:
+                raise RuntimeError("it asks for its own class")
+            add(Guard(path, "{0}({module}) is {1}", (plain_class, plain_class(module))))
+        elif not hasattr(type(module), name):
+            if type(module).__getattr__ is not nn.Module.__getattr__:
+                raise RuntimeError(f"it reads {_join(path, name)}, which {type(module).__name__}.__getattr__ makes up")
+            add(Guard(path, f"not hasattr({{module}}, {name!r})"))
+        elif not reader.startswith("torch.") or not hasattr(nn.Module, name):
+            self.scanner.look_up(path, type(module), name)
+
+    def guard_children(self):
+        """Their classes where the forward asks for one, else whether they are there, and true."""
+        for path, name in self.children:
+            child = self.root.get_submodule(path)._modules[name]
+            found = f"{{module}}._modules.get({name!r})"
+            if child is None:
+                self.scanner.add(Guard(path, f"{{module}}._modules.get({name!r}, 0) is None"))
+                continue
+            self.scanner.add(Guard(path, found if child else f"({found} is not None and not {found})"))
+            if self.scanner.asks & {"isinstance", "issubclass"}:
+                self.scanner.add(Guard(path, f"{{0}}({found}) is {{1}}", (plain_class, plain_class(child))))
+
+    def class_of(self, node):
+        self.asked.add(node)
+        return self.argument_class if node.op == "placeholder" else _Proxy
+
+    def trace(self, root):
+        self._modes = _modes()
+        return super().trace(root)
+
+    def create_args_for_root(self, *args, **kwargs):
+        prepared = super().create_args_for_root(*args, **kwargs)
+        self.records = True
+        return prepared
+
+    def create_proxy(self, kind, target, args, kwargs, *names, **options):
+        if kind != "placeholder":
+            return super().create_proxy(kind, target, args, kwargs, *names, **options)
+        if target.startswith("*"):
+            raise RuntimeError("it takes any number of arguments")
+        for default in args:
+            if not isinstance(default, (bool, int, float, str, type(None))):
+                raise RuntimeError(f"its argument {target} is {default!r} by default")
+            return default
+        return super().create_proxy(kind, target, (), kwargs, *names)
+
+    def create_node(self, *args, **kwargs):
+        if _modes() != self._modes:
+            raise RuntimeError("it runs steps under no_grad, autocast, checkpointing or the like")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, value):
+        return value.node if type(value) is _Proxy else super().create_arg(value)  # fx would ask for its class
+
+    # torch.fx's patches of nn.Module act in every thread: what runs in another one is to notice nothing.
+
+    def call_module(self, module, forward, args, kwargs):
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(module, forward, args, kwargs)
+
+    def getattr(self, name, value, cache):
+        if threading.get_ident() != self.thread:
+            return value
+        self.records = False
+        try:
+            return super().getattr(name, value, cache)
+        finally:
+            self.records = True
+
+    def is_leaf_module(self, module, module_qualified_name):
+        return not (is_sequential(module) and self.inlined(module_qualified_name))
+
+    def proxy(self, node):
+        return _Proxy(node, self)
+
+
+def _modes():
+    torch.autocast_increment_nesting()
+    autocast_depth = torch.autocast_decrement_nesting()  # counts autocast(enabled=False), too
+    saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast_depth, saved_tensors_hooks
