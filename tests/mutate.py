@@ -181,6 +181,8 @@ FAULTS = [
     Fault("later forward of a layer bypassed", REWRITE, "and 'forward' not in {module}.__dict__", "", "rewrite"),
     Fault("later forward of a layer's class bypassed", REWRITE, "{0}.forward is {1} and {0}", "{0}", "guards"),
     Fault("later call of a layer's class bypassed", REWRITE, "and {0}.__call__ is {2}.__call__", "", "guards"),
+    Fault("layers' classes patched before", REWRITE, "_FORWARDS.get(type(layer), type(layer).forward)", "type(layer).forward", "guards"),
+    Fault("class of convolutions patched", REWRITE, 'scanner.add(Guard("", "{0}.forward is {1}", (convolution, _FORWARDS[convolution])))', "pass", "guards"),
     Fault("global hooks bypassed", REWRITE, '"not has_any_global_hook()", ', "", "rewrite"),
     Fault("fused operators in a trace of TorchScript", REWRITE, ', "not is_tracing()"', "", "guards"),
     Fault("proxies run fused", REWRITE, " or isinstance(argument, Proxy)", "", "guards"),

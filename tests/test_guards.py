@@ -264,6 +264,7 @@ CHANGES = {  # the forward (or class), and what changes after fuse
     "forward of batch norms": (Base, in_the_layers_class(nn.BatchNorm2d, forward=lambda bn, Y: Y * 7)),
     "forward of all batch norms": (Base, in_the_layers_class(nn.modules.batchnorm._BatchNorm, forward=lambda bn, Y: Y * 7)),
     "forward of ReLUs": (Base, in_the_layers_class(nn.ReLU, forward=other)),
+    "forward of convolutions": (Base, in_the_layers_class(nn.Conv2d, forward=other)),
     "call of ReLUs": (Base, in_the_layers_class(nn.ReLU, __call__=other)),
 }  # fmt: skip
 
@@ -283,6 +284,15 @@ def test_what_the_forward_looks_up_may_change(change, training, monkeypatch, cal
     torch.testing.assert_close(fused(make_input()), expected, rtol=0, atol=1e-12)
     assert not torch.equal(before, expected)  # it did make a difference
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("layer_class", [nn.ReLU, nn.BatchNorm2d, nn.Conv2d])
+def test_a_class_of_layers_that_was_patched_before_is_not_taken_for_torchs(layer_class, monkeypatch):
+    plain = Base()
+    monkeypatch.setattr(layer_class, "forward", other)
+    fused = copy.deepcopy(plain)
+    assert "patched class" in fuse(fused).left[0].reason
+    torch.testing.assert_close(fused(make_input()), plain(make_input()), rtol=0, atol=1e-12)
 
 
 def test_an_equal_value_is_no_change(calls):

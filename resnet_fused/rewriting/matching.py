@@ -13,7 +13,7 @@ from .tracing import is_sequential
 
 RETURNED = "its output is returned"
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
@@ -173,7 +173,7 @@ class _Matcher:
         layer = self.layers[batch_norm.target]
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
             raise _NoTail("it is lazy and not initialised: run one batch first")
-        if type(layer) not in _BATCH_NORMS:
+        if type(layer) not in BATCH_NORMS:
             raise _NoTail(f"a {type(layer).__name__}")
         if not is_plain(layer, type(layer)):
             raise _NoTail("it has hooks or a forward of its own")

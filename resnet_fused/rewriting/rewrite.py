@@ -21,7 +21,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import calls
 from ..blocks import FusedResidual
 from .lookups import Guard, Reads, Scanner, asks_super_of_its_class, same
-from .matching import batch_norms, find_tails
+from .matching import BATCH_NORMS, batch_norms, find_tails
 from .tracing import LOCK, trace
 
 FORMAT = 2  # of pickles, see restore
@@ -95,7 +95,7 @@ def _plan(module, memory_efficient):
     fused_class = _fused_class(type(module), memory_efficient, rewrites)
     object.__setattr__(object.__new__(type(module)), "__class__", fused_class)  # raises where it cannot be swapped
     if not fused_class._holds(module):
-        raise _Refusal("in a forward that changes what it reads")
+        raise _Refusal("in a forward that changes what it reads, or beside a patched class of torch's layers")
     return planned._replace(fused_class=fused_class)
 
 
@@ -120,6 +120,8 @@ def _rewrite(module, memory_efficient, argument_class):
     bypassed = {step.target for tail in tails for step in tail.all_steps if step.op == "call_module"} | inlined
     for name in sorted(bypassed):
         _guard_bypassed(scanner, name, module.get_submodule(name))
+    for convolution in (type(module.get_submodule(node.target)) for tail in tails for node in tail.convolutions):
+        scanner.add(Guard("", "{0}.forward is {1}", (convolution, _FORWARDS[convolution])))
     _replace(graph, tails, memory_efficient)
     code, arguments = _code(graph), sum(node.op == "placeholder" for node in graph.nodes)
     argument_class = argument_class if asks else None
@@ -132,8 +134,12 @@ def _guard_bypassed(scanner, path, layer):
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     scanner.add(Guard(path, "type({module}) is {0} and 'forward' not in {module}.__dict__", (type(layer),)))
     scanner.add(Guard(path, f"not ({' or '.join(f'{{module}}.{name}' for name in hooks)})"))
-    classes = type(layer), type(layer).forward, nn.Module
+    classes = type(layer), _FORWARDS.get(type(layer), type(layer).forward), nn.Module
     scanner.add(Guard("", "{0}.forward is {1} and {0}.__call__ is {2}.__call__", classes))
+
+
+# Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
+_FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
 
 
 def _trace(module, training, *arguments):
