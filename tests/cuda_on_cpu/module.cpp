@@ -1,5 +1,6 @@
 // The Python module _cuda_on_cpu: the emulation's counters and settings. Loading it registers the CUDA ops for tensors
 // on a CPU, as torch.ops.resnet_fused_cuda_on_cpu.
+#undef TORCH_TARGET_VERSION  // it closes torch 2.10's pybind11, which is no part of the stable ABI
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
