@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 import pytest
 import torch
@@ -167,8 +168,9 @@ def test_a_thread_of_its_own_gives_the_same_bits(backend, device):
     problem = Problem.random((9, 70, 24, 25), device=device)
     expected = problem.run()
     with ThreadPoolExecutor(2) as pool:
-        for results in pool.map(lambda _: problem.run(), range(4)):
-            _equal(results, expected)
+        # Each in a context of its own, with the backend that the fixture has chosen in this one.
+        for future in [pool.submit(copy_context().run, problem.run) for _ in range(4)]:
+            _equal(future.result(), expected)
 
 
 def test_layouts_agree(backend, device, dtype):
