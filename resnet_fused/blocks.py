@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
-from .calls import call_batch_norm_add_relu, call_batch_norm_relu, convolve, is_plain
+from .calls import Convolved, call_tail, convolve, is_plain
 
 
 class Residual(nn.Module):
@@ -53,7 +53,7 @@ class FusedResidual(Residual):
     Arguments, shapes and errors as :class:`Residual`'s.
     """
 
-    _memory_efficient = False  # fuse sets it on an instance
+    _memory_efficient = False
 
     @classmethod
     def from_residual(cls, block):
@@ -68,8 +68,15 @@ class FusedResidual(Residual):
     def forward(self, X):
         if not (is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)):
             return super().forward(X)
-        Y = call_batch_norm_relu(self.bn1, *convolve(self.conv1, X))
-        Y, bias = convolve(self.conv2, Y, self._memory_efficient)
-        X, residual_bias = (X, None) if self.conv3 is None else convolve(self.conv3, X)
-        X = X if X.dtype == Y.dtype else X.to(Y.dtype)  # fused, where `Y += X` would add and then convert
-        return call_batch_norm_add_relu(self.bn2, Y, X, True, bias, residual_bias)
+        Y = call_tail(self.bn1, convolve(self.conv1, X))
+        Y = convolve(self.conv2, Y, self._memory_efficient)
+        residual = Convolved(X) if self.conv3 is None else convolve(self.conv3, X)
+        if residual.output.dtype != Y.output.dtype:  # fused, where `Y += X` would add and then convert
+            residual = Convolved(residual.output.to(Y.output.dtype), residual.bias)
+        return call_tail(self.bn2, Y, True, residual)
+
+
+class MemoryEfficientFusedResidual(FusedResidual):
+    """The same, as ``fuse(model, memory_efficient=True)`` makes it."""
+
+    _memory_efficient = True

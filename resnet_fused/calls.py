@@ -5,6 +5,7 @@ anything, runs as layers here, so that nothing is refused that eager takes.
 """
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,11 @@ from .recompute import recomputing
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def is_plain(layer, layer_class):
-    """Whether the layer does what its class's forward says and no more, so that its arithmetic may be fused."""
+def is_plain(layer, *classes):
+    """Whether the layer, of one of the classes, does what its class's forward says and no more, so that its arithmetic
+    may be fused. Without classes, of any."""
     return (
-        type(layer) is layer_class
+        (not classes or type(layer) in classes)
         and "forward" not in layer.__dict__
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
@@ -31,20 +33,27 @@ def is_plain(layer, layer_class):
     )
 
 
+class Convolved(NamedTuple):
+    """The output of a convolution, and the bias that was left out of it."""
+
+    output: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
 def convolve(conv, input, recompute=False):
-    """(``conv(input)`` without the bias, the bias), or (``conv(input)``, None) where it must run as a module.
+    """``conv(input)`` as :class:`Convolved`, with its bias where it must run as a module.
 
     With ``recompute`` as :func:`call_recomputing`.
     """
     with recomputing(input) if recompute else nullcontext():
         is_batched = type(conv) in CONVOLUTIONS and input.dim() == conv.weight.dim()  # else dimension 1 is no channels
-        if is_batched and is_plain(conv, type(conv)):
-            return conv._conv_forward(input, conv.weight, None), conv.bias
-        return conv(input), None
+        if is_batched and is_plain(conv):
+            return Convolved(conv._conv_forward(input, conv.weight, None), conv.bias)
+        return Convolved(conv(input))
 
 
 def call_recomputing(consumer, input):
-    """``consumer(input)``; where input is an output of :func:`call_batch_norm_relu`, it is not kept for backward."""
+    """``consumer(input)``; where input is a ``relu(bn(input))`` of :func:`call_tail`, it is not kept for backward."""
     with recomputing(input):
         return consumer(input)
 
@@ -80,25 +89,35 @@ def _attempt(operator, *args, **kwargs):
         return None
 
 
-def call_batch_norm_relu(bn, input, input_bias=None):
-    """``relu(bn(input + input_bias))``, of a plain batch norm."""
-    bn._check_input_dim(input)
-    output = _attempt(batch_norm_relu, input, **_batch_norm_arguments(bn), input_bias=input_bias)
-    return F.relu(bn(_add_bias(input, input_bias))) if output is None else output
+def call_tail(bn, input, inplace=None, residual=None, residual_bn=None, residual_first=False):
+    """``relu(bn(input))``, ``relu(bn(input) + residual)`` or ``relu(bn(input) + residual_bn(residual))``, of plain batch
+    norms. Of what is :class:`Convolved` the bias is added first.
 
-
-def _relu_of_sum(output, residual, inplace):
-    return F.relu(output.add_(residual) if inplace else output + residual)
-
-
-def call_batch_norm_add_relu(bn, input, residual, inplace, input_bias=None, residual_bias=None):
-    """``relu(bn(input + input_bias) + residual + residual_bias)``, of a plain batch norm; ``inplace``: by ``add_``.
-
-    Fused where the sum has the input's shape and type: an out-of-place one broadcasts, and promotes types.
+    Fused where a sum has the input's shape and type, and both batch norms are in the same mode: an out-of-place sum
+    broadcasts, and promotes types. ``inplace``: whether it is an ``add_``; None: there is none. ``residual_first``: the
+    order of the batch norms where they run one by one, which tells if they share statistics.
     """
+    input, input_bias = input if isinstance(input, Convolved) else (input, None)
+    residual, residual_bias = residual if isinstance(residual, Convolved) else (residual, None)
     bn._check_input_dim(input)
+    arguments = _batch_norm_arguments(bn)
+    if inplace is None:
+        output = _attempt(batch_norm_relu, input, **arguments, input_bias=input_bias)
+        return F.relu(bn(_add_bias(input, input_bias))) if output is None else output
+    if residual_bn is not None:
+        residual_bn._check_input_dim(residual)
+        first, second = dict(arguments), _batch_norm_arguments(residual_bn)
+        training = first.pop("training")
+        if second.pop("training") == training and _are_alike(input, residual):
+            norms = BatchNorm(**first, input_bias=input_bias), BatchNorm(**second, input_bias=residual_bias)
+            output = _attempt(batch_norm_add_batch_norm_relu, input, residual, *norms, training)
+            if output is not None:
+                return output
+        residual, residual_bias = _add_bias(residual, residual_bias), None
+        if not residual_first:
+            return _relu_of_sum(bn(_add_bias(input, input_bias)), residual_bn(residual), inplace)
+        residual = residual_bn(residual)
     if _are_alike(input, residual, inplace):
-        arguments = _batch_norm_arguments(bn)
         if residual_bias is not None:
             arguments["bias"] = residual_bias if bn.bias is None else bn.bias + residual_bias
         output = _attempt(batch_norm_add_relu, input, residual, **arguments, input_bias=input_bias)
@@ -107,27 +126,8 @@ def call_batch_norm_add_relu(bn, input, residual, inplace, input_bias=None, resi
     return _relu_of_sum(bn(_add_bias(input, input_bias)), _add_bias(residual, residual_bias), inplace)
 
 
-def call_batch_norm_add_batch_norm_relu(
-    bn, input, residual_bn, residual, inplace, residual_first, input_bias=None, residual_bias=None
-):
-    """``relu(bn(input + input_bias) + residual_bn(residual + residual_bias))``, of plain batch norms.
-
-    Fused where the tensors are alike, and both batch norms in the same mode. ``residual_first``: their order where they
-    run one by one, which tells if they share statistics.
-    """
-    bn._check_input_dim(input)
-    residual_bn._check_input_dim(residual)
-    first, second = _batch_norm_arguments(bn), _batch_norm_arguments(residual_bn)
-    training = first.pop("training")
-    if second.pop("training") == training and _are_alike(input, residual):
-        norms = BatchNorm(**first, input_bias=input_bias), BatchNorm(**second, input_bias=residual_bias)
-        output = _attempt(batch_norm_add_batch_norm_relu, input, residual, *norms, training)
-        if output is not None:
-            return output
-    residual = _add_bias(residual, residual_bias)
-    if residual_first:
-        return call_batch_norm_add_relu(bn, input, residual_bn(residual), inplace, input_bias)
-    return _relu_of_sum(bn(_add_bias(input, input_bias)), residual_bn(residual), inplace)
+def _relu_of_sum(output, residual, inplace):
+    return F.relu(output.add_(residual) if inplace else output + residual)
 
 
 def _are_alike(input, residual, broadcasts=False):

@@ -1,6 +1,5 @@
 """Tails found in a graph: a batch norm that a ReLU follows, maybe after a sum. And why other batch norms begin none."""
 
-import itertools
 import operator
 from typing import NamedTuple
 
@@ -9,11 +8,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ..calls import CONVOLUTIONS, is_plain
-from .tracing import is_sequential
+from .tracing import BATCH_NORMS, is_plain_sequential
 
 RETURNED = "its output is returned"
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
@@ -23,19 +21,21 @@ _CONSUMERS = nn.modules.conv._ConvNd | nn.modules.pooling._MaxPoolNd
 class Tail(NamedTuple):
     """relu(batch_norm(input)), relu(batch_norm(input) + residual) or relu(batch_norm(input) + batch_norm(residual))."""
 
-    steps: tuple[fx.Node, ...]  # from the batch norm to the ReLU, with every nn.Identity between
-    add: fx.Node | None = None  # among them
-    residual_steps: tuple[fx.Node, ...] = ()  # from the residual's batch norm to before the add
-    consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
+    batch_norm: fx.Node
+    relu: fx.Node
+    add: fx.Node | None = None
+    residual_norm: fx.Node | None = None  # where the residual is the output of another batch norm
     convolutions: tuple[fx.Node, ...] = ()  # those with a bias that the tail may take over: of the input, the residual
-
-    @property
-    def batch_norm(self):
-        return self.steps[0]
+    consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
 
     @property
     def batch_norms(self):
-        return (self.batch_norm, *self.residual_steps[:1])
+        return tuple(filter(None, (self.batch_norm, self.residual_norm)))
+
+    @property
+    def steps(self):
+        """None before one that it needs."""
+        return tuple(filter(None, (self.residual_norm, self.batch_norm, self.add, self.relu)))
 
     @property
     def input(self):
@@ -43,37 +43,17 @@ class Tail(NamedTuple):
 
     @property
     def residual(self):
-        if self.residual_steps:
-            return self.residual_steps[0].all_input_nodes[0]
-        return _other_operand(self.add, self.steps) if self.add else None
-
-    @property
-    def all_steps(self):
-        """None before one that it needs."""
-        return (*self.residual_steps, *self.steps)
+        if self.residual_norm:
+            return self.residual_norm.all_input_nodes[0]
+        return _other_operand(self.add, self.batch_norm) if self.add else None
 
     @property
     def adds_in_place(self):
-        return self.add.target in _IN_PLACE_ADDS
+        return self.add.target in _IN_PLACE_ADDS if self.add else None
 
     @property
     def normalizes_residual_first(self):
-        return self.batch_norm in _between(self.residual_steps[0], self.add)
-
-    @property
-    def sequentials(self):
-        """The names of the Sequentials that it is in with some of its steps."""
-        return frozenset().union(*map(_sequentials_around, self.all_steps))
-
-    @property
-    def is_inside_one(self):
-        """Whether it is in a Sequential with all of its steps."""
-        return bool(frozenset.intersection(*map(_sequentials_around, self.all_steps)))
-
-
-def _sequentials_around(node):
-    names = [name for name, _ in node.meta.get("nn_module_stack", {}).values()]
-    return frozenset(names[:-1] if node.op == "call_module" else names)
+        return self.residual_norm is not None and self.batch_norm in _between(self.residual_norm, self.add)
 
 
 def is_batch_norm(module):
@@ -89,7 +69,7 @@ def batch_norms(module, prefix=""):
             yield prefix + name, child
         elif isinstance(child, torch.jit.ScriptModule):
             continue
-        elif has_no_forward(child) or (is_sequential(child) and is_plain(child, type(child))):
+        elif has_no_forward(child) or is_plain_sequential(child):
             yield from batch_norms(child, f"{prefix}{name}.")
 
 
@@ -98,12 +78,23 @@ def has_no_forward(module):
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
+def drop_identities(module, graph):
+    """Take every plain nn.Identity out of a graph of the module. Their names."""
+    matcher, names = _Matcher(module, graph), set()
+    for node in graph.nodes:
+        if is_plain(matcher.layer(node), nn.Identity):
+            names.add(node.target)
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+    return names
+
+
 def find_tails(module, graph):
     """The tails in a graph of the module, and, for each further batch norm in it, by name, why it begins none."""
     matcher = _Matcher(module, graph)
     tails, reasons = [], {}
     for node in graph.nodes:
-        if not matcher.calls_batch_norm(node) or any(node in tail.residual_steps for tail in tails):
+        if not matcher.calls_batch_norm(node) or any(node is tail.residual_norm for tail in tails):
             continue
         try:
             if adder := next((tail for tail in tails if tail.residual is node), None):
@@ -111,10 +102,8 @@ def find_tails(module, graph):
             tails.append(matcher.tail(node))
         except _NoTail as reason:
             reasons[node.target] = str(reason)
-    for tail in tails:
-        for node in tail.residual_steps[:1]:
-            reasons.pop(node.target, None)
-    return tails, reasons
+    fused = {node.target for tail in tails for node in tail.batch_norms}
+    return tails, {name: reason for name, reason in reasons.items() if name not in fused}
 
 
 class _NoTail(Exception):
@@ -126,48 +115,51 @@ class _Matcher:
         self.graph = graph
         self.layers = dict(module.named_modules(remove_duplicate=False))
 
-    def tail(self, batch_norm):
-        """The tail that the batch norm begins; else raises _NoTail."""
-        self._check(batch_norm)
-        steps, add, residual_steps = [batch_norm], None, ()
-        user = self._only_user(steps)
-        if operands := _operands(user):
-            add = user
-            if add.target in _IN_PLACE_ADDS and operands[0] is not steps[-1]:
-                raise _NoTail(f"its output is added in place to {self._label(operands[0])}")
-            residual_steps = self._residual_steps(steps, add)
-            self._check_input(steps, add, residual_steps)
-            steps.append(add)
-            user = self._only_user(steps)
-        if not self._is_relu(user):
-            fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
-            raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        tail = Tail((*steps, user), add, residual_steps, None if add else self._consumer(user))
-        inputs = tail.input, *((tail.residual,) if add else ())
-        return tail._replace(convolutions=tuple(node for node in inputs if self._has_a_bias(node)))
-
-    def _has_a_bias(self, node):
-        """Whether the node is a plain convolution with a bias, whose output nobody else takes."""
-        layer = self.layers[node.target] if node.op == "call_module" else None
-        is_convolution = type(layer) in CONVOLUTIONS and self._is_call(node, type(layer))
-        return is_convolution and layer.bias is not None and len(node.users) == 1
-
-    def _residual_steps(self, steps, add):
-        """Those of the batch norm whose output is the other operand, and is nothing else."""
-        residual_steps = [_other_operand(add, steps)]
-        while self._is_call(residual_steps[0], nn.Identity):
-            residual_steps.insert(0, residual_steps[0].all_input_nodes[0])
-        if not self.calls_batch_norm(residual_steps[0]) or any(len(step.users) > 1 for step in residual_steps):
-            return ()
-        try:
-            self._check(residual_steps[0])
-            self._check_input(residual_steps, add, steps)
-        except _NoTail:
-            return ()
-        return tuple(residual_steps)
+    def layer(self, node):
+        """The layer that the node calls with a tensor and no more, or None."""
+        is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == len(node.all_input_nodes) == 1
+        return self.layers[node.target] if is_call else None
 
     def calls_batch_norm(self, node):
         return node.op == "call_module" and is_batch_norm(self.layers[node.target])
+
+    def tail(self, batch_norm):
+        """The tail that the batch norm begins; else raises _NoTail."""
+        self._check(batch_norm)
+        user, add, residual_norm = self._only_user(batch_norm), None, None
+        if operands := _operands(user):
+            add = user
+            if add.target in _IN_PLACE_ADDS and operands[0] is not batch_norm:
+                raise _NoTail(f"its output is added in place to {self._label(operands[0])}")
+            residual_norm = self._residual_norm(batch_norm, add)
+            self._check_input(batch_norm, add, residual_norm)
+            user = self._only_user(add)
+        if not self._is_relu(user):
+            fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
+            raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
+        tail = Tail(batch_norm, user, add, residual_norm)
+        consumer = next(iter(user.users)) if add is None and len(user.users) == 1 else None
+        return tail._replace(
+            convolutions=tuple(filter(self._has_a_bias, filter(None, (tail.input, tail.residual)))),
+            consumer=consumer if consumer and isinstance(self.layer(consumer), _CONSUMERS) else None,
+        )
+
+    def _has_a_bias(self, node):
+        """Whether the node is a plain convolution with a bias, whose output nobody else takes."""
+        layer = self.layer(node)
+        return is_plain(layer, *CONVOLUTIONS) and layer.bias is not None and len(node.users) == 1
+
+    def _residual_norm(self, batch_norm, add):
+        """The batch norm whose output is the other operand, and is nothing else."""
+        residual = _other_operand(add, batch_norm)
+        if not self.calls_batch_norm(residual) or len(residual.users) > 1:
+            return None
+        try:
+            self._check(residual)
+            self._check_input(residual, add, batch_norm)
+        except _NoTail:
+            return None
+        return residual
 
     def _check(self, batch_norm):
         layer = self.layers[batch_norm.target]
@@ -175,58 +167,35 @@ class _Matcher:
             raise _NoTail("it is lazy and not initialised: run one batch first")
         if type(layer) not in BATCH_NORMS:
             raise _NoTail(f"a {type(layer).__name__}")
-        if not is_plain(layer, type(layer)):
+        if not is_plain(layer):
             raise _NoTail("it has hooks or a forward of its own")
         names = [name for name, other in self.layers.items() if other is layer]
         mentions = [node for node in self.graph.nodes if f"{node.target}.".startswith(f"{batch_norm.target}.")]
         if len(names) > 1 or len(mentions) > 1:
             raise _NoTail("it is used twice")
-        if len(batch_norm.args) + len(batch_norm.kwargs) != 1 or len(batch_norm.all_input_nodes) != 1:
+        if self.layer(batch_norm) is None:
             raise _NoTail("it is called with more than a tensor")
 
-    def _only_user(self, steps):
-        """Of the last step's output; each nn.Identity on the way becomes a step."""
-        while True:
-            users = steps[-1].users
-            if len(users) != 1:
-                output = "its output" if steps[-1].op == "call_module" else "the sum"
-                raise _NoTail(f"{output} is used by {', '.join(map(self._label, users)) or 'nothing'}")
-            (user,) = users
-            if not self._is_call(user, nn.Identity):
-                return user
-            steps.append(user)
-
-    def _consumer(self, node):
-        """The convolution or max pooling that alone takes the node's output, maybe through nn.Identity; or None."""
-        while len(node.users) == 1:
-            (node,) = node.users
-            if node.op != "call_module" or len(node.args) + len(node.kwargs) != 1:
-                return None
-            if isinstance(self.layers[node.target], _CONSUMERS):
-                return node
-            if not self._is_call(node, nn.Identity):
-                return None
-        return None
-
-    def _is_call(self, node, layer_class):
-        is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == 1
-        return is_call and is_plain(self.layers[node.target], layer_class)
+    def _only_user(self, node):
+        if len(node.users) == 1:
+            return next(iter(node.users))
+        output = "its output" if node.op == "call_module" else "the sum"
+        raise _NoTail(f"{output} is used by {', '.join(map(self._label, node.users)) or 'nothing'}")
 
     def _is_relu(self, node):
         arguments = (*node.args, *node.kwargs.values())
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]  # without inplace
         is_function = node.target in _RELUS and node.op != "call_module" and len(tensors) == 1
-        return is_function or self._is_call(node, nn.ReLU)
+        return is_function or is_plain(self.layer(node), nn.ReLU)
 
-    def _check_input(self, steps, add, other_steps):
+    def _check_input(self, batch_norm, add, other_norm):
         """The batch norm is to run when the add does: until then, nobody may change its input."""
-        (input,) = steps[0].all_input_nodes
-        comes_from = self.layers.get(input.target) if input.op == "call_module" else None
-        is_its_own = isinstance(comes_from, nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
-        between = [node for node in _between(steps[0], add) if node not in (*steps, *other_steps)]
+        (input,) = batch_norm.all_input_nodes
+        is_its_own = isinstance(self.layer(input), nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
+        between = [node for node in _between(batch_norm, add) if node is not other_norm]
         if between and not is_its_own:
             raise _NoTail("what runs between it and the add might change its input")
-        if any(self._shares_statistics(steps[0], node) for node in between if node.op == "call_module"):
+        if any(self._shares_statistics(batch_norm, node) for node in between if node.op == "call_module"):
             raise _NoTail("what runs between it and the add updates the same statistics")
 
     def _shares_statistics(self, batch_norm, node):
@@ -238,7 +207,7 @@ class _Matcher:
             return "the output"
         if node.op == "call_module":
             layer = self.layers[node.target]
-            own = "" if is_plain(layer, type(layer)) else ", with hooks or a forward of its own"
+            own = "" if is_plain(layer) else ", with hooks or a forward of its own"
             return f"{node.target} ({type(layer).__name__}{own})"
         if node.op in ("placeholder", "get_attr"):
             return node.target
@@ -255,11 +224,11 @@ def _operands(node):
     return operands if are_nodes and kwargs.keys() <= {"input", "other"} and operands[0] is not operands[1] else None
 
 
-def _other_operand(add, steps):
-    return next(node for node in add.all_input_nodes if node not in steps)
+def _other_operand(add, node):
+    return next(other for other in add.all_input_nodes if other is not node)
 
 
 def _between(node, end):
     """The nodes after the one and before the other."""
-    following = itertools.accumulate(itertools.repeat(node.next), lambda current, _: current.next)
-    return itertools.takewhile(lambda current: current is not end, following)
+    nodes = list(node.graph.nodes)
+    return nodes[nodes.index(node) + 1 : nodes.index(end)]

@@ -7,10 +7,9 @@ import abc
 import contextlib
 import itertools
 import linecache
-import operator
 import warnings
 import weakref
-from functools import partial, wraps
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -21,20 +20,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from .. import calls
 from ..blocks import FusedResidual
 from .lookups import Guard, Reads, Scanner, asks_super_of_its_class, same
-from .matching import BATCH_NORMS, batch_norms, find_tails
-from .tracing import LOCK, trace
+from .matching import batch_norms, drop_identities, find_tails
+from .tracing import BATCH_NORMS, LOCK, trace
 
 FORMAT = 2  # of pickles, see restore
-
-
-class Rewrite(NamedTuple):
-    """A forward with fused calls, as source and the globals of that, and what it takes for granted."""
-
-    source: str
-    globals: tuple[tuple[str, object], ...]
-    arguments: int
-    argument_class: type | None
-    guards: tuple[Guard, ...]
 
 
 class Plan(NamedTuple):
@@ -85,13 +74,13 @@ def _check(module):
 
 def _plan(module, memory_efficient):
     _check(module)
-    planned, rewrite = _rewrite(module, memory_efficient, torch.Tensor)
+    planned, rewrite, asks = _rewrite(module, memory_efficient, torch.Tensor)
     if rewrite is None:
         return planned
     rewrites = (rewrite,)
-    if rewrite.argument_class is not None:  # the forward asks, and may take a list, too
+    if asks:  # it may take a list, too
         with contextlib.suppress(_Refusal):
-            rewrites += _rewrite(module, memory_efficient, list)[1:]
+            rewrites += _rewrite(module, memory_efficient, list)[1:2]
     fused_class = _fused_class(type(module), memory_efficient, rewrites)
     object.__setattr__(object.__new__(type(module)), "__class__", fused_class)  # raises where it cannot be swapped
     if not fused_class._holds(module):
@@ -100,44 +89,33 @@ def _plan(module, memory_efficient):
 
 
 def _rewrite(module, memory_efficient, argument_class):
-    """The plan, but for the class, and the rewrite, in which an argument is of the class where the forward asks."""
-
-    def is_without_hooks(name):
-        layer = module.get_submodule(name)
-        return calls.is_plain(layer, type(layer))
-
-    tails, reasons = find_tails(module, _trace(module, True, Scanner(), is_without_hooks, argument_class)[0])
-    # What is inside one Sequential is for that one's own forward.
-    inlined = frozenset().union(*(tail.sequentials for tail in tails if not tail.is_inside_one))
-    if all(tail.is_inside_one for tail in tails):
-        return Plan(reasons), None
+    """The plan, but for the class; the forward's source, and what that names; and whether the original asks for the
+    class of an argument, which then is this one."""
     scanner = Scanner()
-    graph, asks = _trace(module, True, scanner, inlined.__contains__, argument_class)
-    if _code(graph).src != _code(_trace(module, False, scanner, inlined.__contains__, argument_class)[0]).src:
+    graph, inlined, asks = _trace(module, True, scanner, argument_class)
+    source = _code(graph).src
+    bypassed = inlined | drop_identities(module, graph)
+    tails, reasons = find_tails(module, graph)
+    if not tails:
+        return Plan(reasons), None, asks
+    if source != _code(_trace(module, False, scanner, argument_class)[0]).src:
         raise _Refusal("in a forward that differs between training and eval")
-    tails, _ = find_tails(module, graph)
     fused = tuple(node.target for tail in tails for node in tail.batch_norms)
-    bypassed = {step.target for tail in tails for step in tail.all_steps if step.op == "call_module"} | inlined
+    bypassed |= {step.target for tail in tails for step in tail.steps if step.op == "call_module"}
     for name in sorted(bypassed):
-        _guard_bypassed(scanner, name, module.get_submodule(name))
-    for convolution in (type(module.get_submodule(node.target)) for tail in tails for node in tail.convolutions):
-        scanner.add(Guard("", "{0}.forward is {1}", (convolution, _FORWARDS[convolution])))
+        layer_class = (type(module.get_submodule(name)),)
+        scanner.add(Guard(name, "type({module}) is {0} and 'forward' not in {module}.__dict__", layer_class))
+        scanner.add(Guard(name, f"not ({' or '.join(f'{{module}}.{hooks}' for hooks in _HOOKS)})"))
+    for name in sorted(bypassed.union(node.target for tail in tails for node in tail.convolutions)):
+        layer_class = type(module.get_submodule(name))
+        expected = layer_class, _FORWARDS.get(layer_class, layer_class.forward), nn.Module
+        scanner.add(Guard("", "{0}.forward is {1} and {0}.__call__ is {2}.__call__", expected))
     _replace(graph, tails, memory_efficient)
-    code, arguments = _code(graph), sum(node.op == "placeholder" for node in graph.nodes)
-    argument_class = argument_class if asks else None
-    rewrite = Rewrite(code.src, (*code.globals.items(),), arguments, argument_class, (*scanner.guards.values(),))
-    return Plan(reasons, None, fused, inlined), rewrite
+    rewrite = _written(graph, scanner.guards.values(), argument_class if asks else None)
+    return Plan(reasons, None, fused, inlined), rewrite, asks
 
 
-def _guard_bypassed(scanner, path, layer):
-    """That the layer's call is still its class's forward, the one that was fused, and no more."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    scanner.add(Guard(path, "type({module}) is {0} and 'forward' not in {module}.__dict__", (type(layer),)))
-    scanner.add(Guard(path, f"not ({' or '.join(f'{{module}}.{name}' for name in hooks)})"))
-    classes = type(layer), _FORWARDS.get(type(layer), type(layer).forward), nn.Module
-    scanner.add(Guard("", "{0}.forward is {1} and {0}.__call__ is {2}.__call__", classes))
-
-
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
 _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
 
@@ -157,42 +135,79 @@ def _code(graph):
 
 
 def _replace(graph, tails, memory_efficient):
-    consumers = {tail.consumer: True for tail in tails if memory_efficient and tail.consumer}
-    outputs = {}  # of convolutions that leave out their bias: output and bias
-    for node in (node for tail in tails for node in tail.convolutions):
-        with graph.inserting_before(node):
-            options = (True,) if consumers.pop(node, False) else ()
-            call = _call(graph, calls.convolve, node, *options)
-            outputs[node] = [graph.call_function(operator.getitem, (call, i)) for i in range(2)]
-    for node in consumers:
-        with graph.inserting_before(node):
-            node.replace_all_uses_with(_call(graph, calls.call_recomputing, node))
-        graph.erase_node(node)
+    convolutions = {node for tail in tails for node in tail.convolutions}
+    consumers = {tail.consumer for tail in tails if memory_efficient}
+    for node in graph.nodes:
+        if node in convolutions or node in consumers:
+            function, *options = (
+                (calls.convolve, node in consumers) if node in convolutions else (calls.call_recomputing,)
+            )
+            with graph.inserting_before(node):
+                arguments = graph.get_attr(node.target), *node.all_input_nodes, *options
+                node.replace_all_uses_with(graph.call_function(function, arguments))
+            graph.erase_node(node)
     for tail in tails:
         with graph.inserting_before(tail.add or tail.batch_norm):
-            call = graph.call_function(*_fused_call(graph, tail, outputs))
-        tail.steps[-1].replace_all_uses_with(call)
-        for step in (*reversed(tail.all_steps), *tail.convolutions):
+            bn, residual_bn = (node and graph.get_attr(node.target) for node in (tail.batch_norm, tail.residual_norm))
+            norms_and_inputs = bn, tail.input, tail.adds_in_place, tail.residual, residual_bn
+            call = graph.call_function(calls.call_tail, (*norms_and_inputs, tail.normalizes_residual_first))
+        tail.relu.replace_all_uses_with(call)
+        for step in reversed(tail.steps):
             graph.erase_node(step)
 
 
-def _call(graph, function, node, *options):
-    return graph.call_function(function, (graph.get_attr(node.target), *node.all_input_nodes, *options))
+_FORWARD = """\
+def forward(self, *args, **kwargs):
+    if len(args) + len(kwargs) == {count}:
+        for argument in (*args, *kwargs.values()):
+            if {refuses}:
+                break
+        else:
+            if holds(self):
+                return rewritten(self, *args, **kwargs)
+    return (otherwise or original_class.forward)(self, *args, **kwargs)
 
 
-def _fused_call(graph, tail, outputs):
-    """The function that computes the tail, its arguments, and those by name."""
-    input, input_bias = outputs.get(tail.input, (tail.input, None))
-    residual, residual_bias = outputs.get(tail.residual, (tail.residual, None))
-    biases = {"input_bias": input_bias, "residual_bias": residual_bias}
-    biases = {name: bias for name, bias in biases.items() if bias is not None}
-    bn, *residual_bn = (graph.get_attr(node.target) for node in tail.batch_norms)
-    if tail.add is None:
-        return calls.call_batch_norm_relu, (bn, input), biases
-    if not residual_bn:
-        return calls.call_batch_norm_add_relu, (bn, input, residual, tail.adds_in_place), biases
-    order = tail.adds_in_place, tail.normalizes_residual_first
-    return calls.call_batch_norm_add_batch_norm_relu, (bn, input, *residual_bn, residual, *order), biases
+def holds(self):
+    try:
+        {layers}
+        if {conditions}:
+            return True
+    except Exception:
+        pass
+    return False
+
+"""
+
+
+def _written(graph, guards, argument_class):
+    """The source of a forward that runs the graph where the guards hold, and all that it names."""
+    code = _code(graph)
+    names = code.globals | {"Proxy": fx.Proxy, "is_tracing": torch.jit.is_tracing, "argument_class": argument_class}
+    names["has_any_global_hook"] = _has_any_global_hook
+    # The forward may ask for None; another tracer, for whom layers are to be called, passes proxies.
+    refuses = (
+        "type(argument) is not argument_class" if argument_class else "argument is None or isinstance(argument, Proxy)"
+    )
+    layers = {"": "self"}  # by path, in what they are found; then in variables
+    conditions = ["not has_any_global_hook()", "not is_tracing()"]
+    for guard in guards:
+        values = {f"value_{len(names) + i}": value for i, value in enumerate(guard.values)}
+        names |= values
+        layers.setdefault(guard.path, f"layer_{len(layers)}")
+        conditions.append(f"({guard.expression.format(*values, module=layers[guard.path])})")
+    found = [
+        f"{variable} = self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
+        for path, variable in layers.items()
+        if path
+    ]
+    source = _FORWARD.format(
+        count=sum(node.op == "placeholder" for node in graph.nodes),
+        refuses=refuses,
+        layers="\n        ".join(found) or "pass",
+        conditions=" and ".join(conditions),
+    )
+    return source + code.src.replace("def forward(", "def rewritten(", 1), tuple(names.items())
 
 
 def is_fused(cls):
@@ -234,89 +249,53 @@ def restore(format, original_class, *options):
 
     def new(*arguments):
         module = original_class.__new__(original_class, *arguments)
+        name = original_class.__name__
+
+        def set_state(state):
+            del module.__dict__["__setstate__"]
+            module.__setstate__(state)
+            planned = plan(module, *options)
+            if planned.fused_class is None:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in planned.reasons.items())
+                warnings.warn(f"a {name} was saved fused, and loads unfused: {reasons}", stacklevel=2)
+            else:
+                module.__class__ = planned.fused_class
+
         if format == FORMAT:
-            module.__dict__["__setstate__"] = partial(_set_state, module, *options)
+            module.__dict__["__setstate__"] = set_state
         else:
-            name = original_class.__name__
             warnings.warn(f"a {name} saved by another version of resnet_fused loads unfused: fuse it", stacklevel=2)
         return module
 
     return new
 
 
-def _set_state(module, memory_efficient, state):
-    del module.__dict__["__setstate__"]
-    module.__setstate__(state)
-    planned = plan(module, memory_efficient)
-    if planned.fused_class is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in planned.reasons.items())
-        warnings.warn(f"a {type(module).__name__} was saved fused, and loads unfused: {reasons}", stacklevel=3)
-    else:
-        module.__class__ = planned.fused_class
-
-
 def _fused_class(original_class, memory_efficient, rewrites):
     for subclass in filter(is_fused, type.__subclasses__(original_class)):
         if subclass._recomputes is memory_efficient and same(subclass._rewrites, rewrites):
             return subclass
-    # Functions of its own: torch.compile limits how often it compiles a code object.
-    functions, file = _execute(original_class, rewrites)
+    functions = {"forward": None}
+    for rewrite in reversed(rewrites):
+        functions = _execute(*rewrite, original_class, functions["forward"])
     members = {name: getattr(original_class, name) for name in ("__doc__", "__module__", "__qualname__")}
     members |= {"__slots__": (), "forward": wraps(original_class.forward)(functions["forward"])}
     members |= {"_original_class": original_class, "_recomputes": memory_efficient, "_rewrites": rewrites}
-    members["_holds"] = staticmethod(functions["holds_0"])
+    members["_holds"] = staticmethod(functions["holds"])
     # Not by the user's metaclass, which may keep a register of its classes.
     new = abc.ABCMeta.__new__ if isinstance(original_class, abc.ABCMeta) else type.__new__
-    fused_class = new(type(original_class), original_class.__name__, (Fused, original_class), members)
-    weakref.finalize(fused_class, linecache.cache.pop, file, None).atexit = False
-    return fused_class
+    return new(type(original_class), original_class.__name__, (Fused, original_class), members)
 
 
-def _execute(original_class, rewrites):
-    """The functions of a fused class by name, and the name of the file that tracebacks show of them."""
-    namespace = {"original_class": original_class, "Proxy": fx.Proxy, "is_tracing": torch.jit.is_tracing}
-    namespace["has_any_global_hook"] = _has_any_global_hook
-    lines = ["def forward(self, *args, **kwargs):"]
-    for i, rewrite in enumerate(rewrites):
-        namespace[f"class_{i}"] = rewrite.argument_class
-        # The forward may ask for None; another tracer, for whom layers are to be called, passes proxies.
-        refused = "argument is None or isinstance(argument, Proxy)"
-        lines += [
-            f"    if len(args) + len(kwargs) == {rewrite.arguments}:",
-            "        for argument in (*args, *kwargs.values()):",
-            f"            if {f'type(argument) is not class_{i}' if rewrite.argument_class else refused}:",
-            "                break",
-            "        else:",
-            f"            if holds_{i}(self):",
-            f"                return rewritten_{i}(self, *args, **kwargs)",
-        ]
-    lines += ["    return original_class.forward(self, *args, **kwargs)"]
-    for i, rewrite in enumerate(rewrites):
-        lines += _source_of_guards(rewrite.guards, f"holds_{i}", namespace)
-        lines += rewrite.source.strip().replace("def forward(", f"def rewritten_{i}(", 1).splitlines()
-        namespace |= rewrite.globals
-    file, source = f"<resnet_fused {original_class.__qualname__} {next(_count)}>", "\n".join(lines)
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
-    exec(compile(source, file, "exec"), namespace)
-    return namespace, file
+def _execute(source, names, original_class, otherwise):
+    """The functions of the source by name. Its code is of this class alone: torch.compile limits how often it compiles
+    a code object."""
+    functions = {name: value.compile() if isinstance(value, Reads) else value for name, value in names}
+    functions |= {"original_class": original_class, "otherwise": otherwise}
+    file = f"<resnet_fused {original_class.__qualname__} {next(_count)}>"
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
+    exec(compile(source, file, "exec"), functions)
+    weakref.finalize(functions["forward"], linecache.cache.pop, file, None).atexit = False
+    return functions
 
 
 _count = itertools.count()
-
-
-def _source_of_guards(guards, name, namespace):
-    """A function that tells whether all of them hold; the values that it needs go into the namespace."""
-    variables, modules = {"": "self"}, []  # path -> the variable that has the module
-    conditions = ["not has_any_global_hook()", "not is_tracing()"]
-    for guard in guards:
-        for path in itertools.accumulate(filter(None, guard.path.split(".")), "{}.{}".format):
-            if path not in variables:
-                parent, _, layer = path.rpartition(".")
-                modules.append(f"        module_{len(variables)} = {variables[parent]}._modules[{layer!r}]")
-                variables[path] = f"module_{len(variables)}"
-        values = [f"_value_{len(namespace) + i}" for i in range(len(guard.values))]
-        namespace |= zip(values, (v.compile() if isinstance(v, Reads) else v for v in guard.values), strict=True)
-        conditions.append(guard.expression.format(*values, module=variables[guard.path]))
-    yield from (f"def {name}(self):", "    try:", *modules)
-    yield from (f"        if {' and '.join(f'({condition})' for condition in conditions)}:", "            return True")
-    yield from ("    except Exception:", "        pass", "    return False")

@@ -10,21 +10,38 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..calls import is_plain
 from .lookups import Guard, is_constant, plain_class
 
 _OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 _NEVER_GUARDED = _OWN_ATTRIBUTES - {"training", "_modules"}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 LOCK = threading.RLock()  # for plan: torch.fx patches nn.Module while it traces
 
 
-def is_sequential(module):
-    """Whether the module's forward is nn.Sequential's, whatever its class."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+def is_plain_sequential(module):
+    """Whether the module's call is nn.Sequential's forward and no more, whatever its class."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and is_plain(module)
 
 
-def trace(module, training, scanner, inlined, argument_class):
-    """The graph of the module's forward in one mode, with the steps of Sequentials where ``inlined(path)``, and whether
-    the forward asks for the class of an argument, which then is ``argument_class``.
+def _layers(module):
+    """The layers of a plain Sequential, those of its Sequentials among them, without nn.Identity; else the module."""
+    if is_plain_sequential(module):
+        for child in module._modules.values():
+            yield from _layers(child)
+    elif not isinstance(module, nn.Identity):
+        yield module
+
+
+def _is_crossed(module):
+    """Whether it is a plain Sequential with the first or the last steps of a tail, whose other ones may be outside."""
+    layers = list(_layers(module)) if is_plain_sequential(module) else [None]
+    return not layers or isinstance(layers[0], nn.ReLU) or isinstance(layers[-1], BATCH_NORMS)
+
+
+def trace(module, training, scanner, argument_class):
+    """The graph of the module's forward in one mode, the names of the Sequentials whose steps are in it, and whether the
+    forward asks for the class of an argument, which then is ``argument_class``.
 
     Every other module is one step. The placeholders are the arguments without a default; those with one have it. What
     the graph takes for granted is added to the scanner's guards. Raises whatever the forward raises, and RuntimeError
@@ -32,7 +49,7 @@ def trace(module, training, scanner, inlined, argument_class):
     """
     shells = {}
     shell = _shell(module, training, "", shells)
-    tracer = _Tracer({id(shell): at for at, shell in shells.values()}, scanner, inlined, argument_class)
+    tracer = _Tracer({id(shell): at for at, shell in shells.values()}, scanner, argument_class)
     state = _state(shells)
     scanner.look_up("", type(module), "forward")
     # A grad mode that the forward sets differs from one of the two.
@@ -41,12 +58,10 @@ def trace(module, training, scanner, inlined, argument_class):
             graph = tracer.trace(shell)
         tracer.guard_children()
     finally:  # no cycle is to hold the module's tensors
-        tracer.root, tracer.inlined, tracer.origins = None, None, {}
+        tracer.root, tracer.origins = None, {}
     if assigned := [name for name, value in _state(shells).items() if state.get(name, shell) is not value]:
         raise RuntimeError(f"it assigns to {', '.join(assigned)}")
-    if asked := [node.name for node in tracer.asked if node.op != "placeholder"]:
-        raise RuntimeError(f"it asks for the class of {', '.join(asked)}")
-    return graph, bool(tracer.asked)
+    return graph, tracer.inlined, tracer.asked
 
 
 def _shell(module, training, path, shells):
@@ -82,12 +97,10 @@ def _join(path, name):
 
 @contextlib.contextmanager
 def _recording(record):
-    """Show every attribute that a module is asked for in this thread to ``record``, with the name of who asks."""
-    thread = threading.get_ident()
+    """Show every attribute that a module is asked for to ``record``, with the name of who asks."""
 
     def __getattribute__(module, name):
-        if threading.get_ident() == thread:
-            record(module, name, sys._getframe(1).f_globals.get("__name__", ""))
+        record(module, name, sys._getframe(1).f_globals.get("__name__", ""))
         return object.__getattribute__(module, name)
 
     nn.Module.__getattribute__ = __getattribute__
@@ -113,8 +126,10 @@ class _Proxy(fx.Proxy):
 
     @property
     def __class__(self):  # what isinstance looks at; torch's own C++ would take the proxy for a tensor
-        asks_torch = sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
-        return _Proxy if asks_torch else self.tracer.class_of(self.node)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return _Proxy
+        self.tracer.ask(self.node)
+        return self.tracer.argument_class
 
     def __setattr__(self, name, value):
         if name not in ("tracer", "node"):
@@ -129,7 +144,7 @@ class _Proxy(fx.Proxy):
 
     def __getattr__(self, name):  # fx has any attribute
         if not hasattr(torch.Tensor, name) and self.tracer.scanner.asks & {"hasattr", "getattr"}:
-            self.tracer.asked.add(self.node)
+            self.tracer.ask(self.node)
             raise AttributeError(name)
         return super().__getattr__(name)
 
@@ -147,19 +162,28 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # else a forward that counts its calls would count in the real buffer
 
-    def __init__(self, origins, scanner, inlined, argument_class):
+    def __init__(self, origins, scanner, argument_class):
         super().__init__()
         self.origins = origins  # id of a shell -> its path and module
-        self.inlined = inlined
-        self.argument_class = argument_class
-        self.asked = set()
-        self.children = set()  # those that the forward looks up, by path and name
         self.scanner = scanner
+        self.argument_class = argument_class
+        self.asked = False
+        self.inlined = set()
+        self.children = set()  # those that the forward looks up, by path and name
         self.thread = threading.get_ident()
         self.records = False  # not what fx reads
 
+    def ask(self, node):
+        if node.op != "placeholder":
+            raise RuntimeError(f"it asks for the class of {node.name}")
+        self.asked = True
+
+    def is_here(self):
+        """torch.fx's patches of nn.Module act in every thread, and what runs in another one is to notice nothing."""
+        return threading.get_ident() == self.thread
+
     def record(self, shell, name, reader):
-        if not self.records or id(shell) not in self.origins or name in _NEVER_GUARDED:
+        if not self.is_here() or not self.records or id(shell) not in self.origins or name in _NEVER_GUARDED:
             return
         if reader.startswith(("torch.fx", __package__)):
             return
@@ -179,8 +203,7 @@ class _Tracer(fx.Tracer):
         elif name in own["_modules"]:
             self.children.add((path, name))
         elif kind := next((kind for kind in ("_parameters", "_buffers") if name in own[kind]), None):
-            is_none = ", 0) is None" if own[kind][name] is None else ") is not None"
-            add(Guard(path, f"{{module}}.{kind}.get({name!r}{is_none}"))
+            add(Guard(path, f"{{module}}.{kind}[{name!r}] is {'' if own[kind][name] is None else 'not '}None"))
         elif name in module.__dict__:
             raise RuntimeError(f"it reads {_join(path, name)}, a {type(module.__dict__[name]).__name__}")
         elif name == "__class__" and not reader.startswith(("torch.", "abc")):  # abc: for isinstance, of torch, too
@@ -197,18 +220,11 @@ class _Tracer(fx.Tracer):
     def guard_children(self):
         """Their classes where the forward asks for one, else whether they are there, and true."""
         for path, name in self.children:
-            child = self.root.get_submodule(path)._modules[name]
-            found = f"{{module}}._modules.get({name!r})"
-            if child is None:
-                self.scanner.add(Guard(path, f"{{module}}._modules.get({name!r}, 0) is None"))
-                continue
-            self.scanner.add(Guard(path, found if child else f"({found} is not None and not {found})"))
+            child, found = self.root.get_submodule(path)._modules[name], f"{{module}}._modules[{name!r}]"
+            is_falsy = f"{found} is {'None' if child is None else f'not None and not {found}'}"
+            self.scanner.add(Guard(path, found if child else is_falsy))
             if self.scanner.asks & {"isinstance", "issubclass"}:
                 self.scanner.add(Guard(path, f"{{0}}({found}) is {{1}}", (plain_class, plain_class(child))))
-
-    def class_of(self, node):
-        self.asked.add(node)
-        return self.argument_class if node.op == "placeholder" else _Proxy
 
     def trace(self, root):
         self._modes = _modes()
@@ -238,15 +254,13 @@ class _Tracer(fx.Tracer):
     def create_arg(self, value):
         return value.node if type(value) is _Proxy else super().create_arg(value)  # fx would ask for its class
 
-    # torch.fx's patches of nn.Module act in every thread: what runs in another one is to notice nothing.
-
     def call_module(self, module, forward, args, kwargs):
-        if threading.get_ident() != self.thread:
+        if not self.is_here():
             return forward(*args, **kwargs)
         return super().call_module(module, forward, args, kwargs)
 
     def getattr(self, name, value, cache):
-        if threading.get_ident() != self.thread:
+        if not self.is_here():
             return value
         self.records = False
         try:
@@ -255,7 +269,9 @@ class _Tracer(fx.Tracer):
             self.records = True
 
     def is_leaf_module(self, module, module_qualified_name):
-        return not (is_sequential(module) and self.inlined(module_qualified_name))
+        is_leaf = not _is_crossed(self.origins.get(id(module), ("", module))[1])
+        self.inlined |= set() if is_leaf else {module_qualified_name}
+        return is_leaf
 
     def proxy(self, node):
         return _Proxy(node, self)
