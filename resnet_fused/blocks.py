@@ -53,7 +53,8 @@ class FusedResidual(Residual):
     Arguments, shapes and errors as :class:`Residual`'s.
     """
 
-    _memory_efficient = False
+    _original_class = Residual  # as in every class that fuse makes
+    _recomputes = False
 
     @classmethod
     def from_residual(cls, block):
@@ -69,7 +70,7 @@ class FusedResidual(Residual):
         if not (is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)):
             return super().forward(X)
         Y = call_tail(self.bn1, convolve(self.conv1, X))
-        Y = convolve(self.conv2, Y, self._memory_efficient)
+        Y = convolve(self.conv2, Y, self._recomputes)
         residual = Convolved(X) if self.conv3 is None else convolve(self.conv3, X)
         if residual.output.dtype != Y.output.dtype:  # fused, where `Y += X` would add and then convert
             residual = Convolved(residual.output.to(Y.output.dtype), residual.bias)
@@ -79,4 +80,5 @@ class FusedResidual(Residual):
 class MemoryEfficientFusedResidual(FusedResidual):
     """The same, as ``fuse(model, memory_efficient=True)`` makes it."""
 
-    _memory_efficient = True
+    _original_class = Residual
+    _recomputes = True

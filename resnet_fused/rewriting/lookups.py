@@ -50,13 +50,10 @@ class Reads(NamedTuple):
 
     def compile(self):
         """A function that looks them up as that one does, and tells whether they are the same."""
-        cells = _cells(self.function)
-        names = [f"_{i}" for i in range(len(self.values))]
+        cells, names = _cells(self.function), [f"_{i}" for i in range(len(self.values))]
         conditions = " and ".join(map(_same, self.expressions, names, self.values))
-        code = compile(f"lambda {', '.join(cells)}: lambda _same, {', '.join(names)}: {conditions}", "<reads>", "eval")
-        *_, code = _codes(code)
-        closure = tuple(cells[name] for name in code.co_freevars)
-        return types.FunctionType(code, self.function.__globals__, None, (same, *self.values), closure)
+        make = eval(f"lambda _same, {', '.join((*cells, *names))}: lambda: {conditions}", self.function.__globals__)
+        return make(same, *cells.values(), *self.values)
 
 
 def same(value, other):
@@ -74,7 +71,7 @@ def _same(expression, name, value, function="_same"):
 
 def plain_class(module):
     """The module's class, of a fused one the original: fuse may swap a layer, and isinstance() answers the same."""
-    return getattr(type(module), "_original_class", type(module))
+    return vars(type(module)).get("_original_class", type(module))
 
 
 def is_constant(value):
@@ -169,7 +166,11 @@ class Scanner:
             return
         self._followed.add((function, cls))
         cells = _cells(function)
-        found, asks, stored = {name: cell.cell_contents for name, cell in cells.items()}, set(), set()
+        found, asks, stored = (
+            {f"{name}.cell_contents": cell.cell_contents for name, cell in cells.items()},
+            set(),
+            set(),
+        )
         for code in _codes(function.__code__):
             instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
             for i, (opcode, name) in enumerate(instructions):

@@ -23,8 +23,8 @@ class Tail(NamedTuple):
 
     batch_norm: fx.Node
     relu: fx.Node
-    add: fx.Node | None = None
-    residual_norm: fx.Node | None = None  # where the residual is the output of another batch norm
+    add: fx.Node | None
+    residual_norm: fx.Node | None  # where the residual is the output of another batch norm
     convolutions: tuple[fx.Node, ...] = ()  # those with a bias that the tail may take over: of the input, the residual
     consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
 
@@ -64,17 +64,15 @@ def is_batch_norm(module):
 
 def batch_norms(module, prefix=""):
     """Names and modules of the batch norms that the module may call itself: its own, its lists' and Sequentials'."""
-    for name, child in module.named_children():
+    for name, child in module.named_children() if prefix or not _only_holds_layers(module) else ():
         if is_batch_norm(child):
             yield prefix + name, child
-        elif isinstance(child, torch.jit.ScriptModule):
-            continue
-        elif has_no_forward(child) or is_plain_sequential(child):
+        elif _only_holds_layers(child) or is_plain_sequential(child):
             yield from batch_norms(child, f"{prefix}{name}.")
 
 
-def has_no_forward(module):
-    """Whether it only holds layers, as an nn.ModuleList does."""
+def _only_holds_layers(module):
+    """Whether it has no forward, as an nn.ModuleList has none."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
@@ -138,16 +136,16 @@ class _Matcher:
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
         tail = Tail(batch_norm, user, add, residual_norm)
-        consumer = next(iter(user.users)) if add is None and len(user.users) == 1 else None
+        convolutions = tuple(filter(self._leaves_its_bias, (tail.input, tail.residual)))
+        consumers = [node for node in user.users if add is None and isinstance(self.layer(node), _CONSUMERS)]
         return tail._replace(
-            convolutions=tuple(filter(self._has_a_bias, filter(None, (tail.input, tail.residual)))),
-            consumer=consumer if consumer and isinstance(self.layer(consumer), _CONSUMERS) else None,
+            convolutions=convolutions, consumer=consumers[0] if consumers and len(user.users) == 1 else None
         )
 
-    def _has_a_bias(self, node):
-        """Whether the node is a plain convolution with a bias, whose output nobody else takes."""
-        layer = self.layer(node)
-        return is_plain(layer, *CONVOLUTIONS) and layer.bias is not None and len(node.users) == 1
+    def _leaves_its_bias(self, node):
+        """Whether the node is a convolution with a bias, whose output nobody else takes."""
+        layer = self.layer(node) if node and len(node.users) == 1 else None
+        return type(layer) in CONVOLUTIONS and layer.bias is not None
 
     def _residual_norm(self, batch_norm, add):
         """The batch norm whose output is the other operand, and is nothing else."""

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..blocks import FusedResidual, Residual
-from .matching import RETURNED, batch_norms, has_no_forward
+from ..blocks import FusedResidual, MemoryEfficientFusedResidual, Residual
+from .matching import RETURNED
 from .rewrite import Fused, Plan, is_fused, plan
 
 _FORWARD_OF_RESIDUAL = Residual.forward
@@ -89,11 +89,7 @@ def fuse(model, filter_fn=None, *, memory_efficient=False):
     report, swaps, inlined, fused = Report(), [], set(), set()
     reasons = {}  # of each batch norm that is left, from the innermost module that knows one
     for name, module in _named_modules(model):
-        try:
-            if module in inlined or has_no_forward(module) or not any(batch_norms(module)):
-                continue
-        except Exception as error:  # of a stranger's attributes
-            report.left.append(Left(name, type(module).__name__, f"{type(error).__name__}: {error}"))
+        if module in inlined:
             continue
         planned = plan(module, memory_efficient)
         if planned.fused_class is not None and filter_fn is not None and not filter_fn(module, name):
@@ -111,20 +107,19 @@ def fuse(model, filter_fn=None, *, memory_efficient=False):
     for names, reason, layer_name in (told for layer, told in reasons.items() if layer not in fused):
         left.setdefault(names, {}).setdefault(reason, []).append(layer_name)
     for names, told in left.items():
-        report.left.append(Left(*names, "; ".join(f"{', '.join(layers)}: {reason}" for reason, layers in told.items())))
+        report.left.append(
+            Left(*names, "; ".join(f"{', '.join(layers) or 'it'}: {reason}" for reason, layers in told.items()))
+        )
     for module, fused_class in swaps:  # only now, when nothing can fail any more
         if type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL:
-            fused_class = FusedResidual
-            module.__dict__.update({"_memory_efficient": True} if memory_efficient else {})
+            fused_class = MemoryEfficientFusedResidual if memory_efficient else FusedResidual
         module.__class__ = fused_class
     return report
 
 
 def unfuse(model):
     """Give every module of ``model`` that has a fused class its original one back, in place: what :func:`fuse` did,
-    undone.
-
-    A block that was built as a FusedResidual becomes a :class:`Residual`.
+    undone. A block that was built as a FusedResidual becomes a :class:`Residual`.
 
     Returns:
         Report: ``unfused``, with the classes the modules have now; ``left``, instances of a subclass of a fused class.
@@ -134,16 +129,11 @@ def unfuse(model):
     """
     report = Report()
     for name, module in _named_modules(model):
-        if type(module) is FusedResidual:
-            module.__dict__.pop("_memory_efficient", None)
-            module.__class__ = Residual
-        elif is_fused(type(module)):
+        if is_fused(type(module)):
             module.__class__ = type(module)._original_class
-        else:
-            if isinstance(module, FusedResidual | Fused):
-                report.left.append(Left(name, type(module).__name__, "a subclass of a fused class"))
-            continue
-        report.unfused.append(Swapped(name, type(module).__name__))
+            report.unfused.append(Swapped(name, type(module).__name__))
+        elif isinstance(module, FusedResidual | Fused):
+            report.left.append(Left(name, type(module).__name__, "a subclass of a fused class"))
     return report
 
 
@@ -159,16 +149,15 @@ def unfused(model):
     Raises:
         TypeError: model is not an nn.Module.
     """
-    classes = {module: (type(module), vars(module).get("_memory_efficient")) for _, module in _named_modules(model)}
+    classes = {module: type(module) for _, module in _named_modules(model) if is_fused(type(module))}
     unfuse(model)
     plain_classes = {module: type(module) for module in classes}
     try:
         yield model
     finally:
-        for module, (fused_class, memory_efficient) in classes.items():
-            if type(module) is plain_classes[module] is not fused_class:
+        for module, fused_class in classes.items():
+            if type(module) is plain_classes[module]:
                 module.__class__ = fused_class
-                module.__dict__.update({"_memory_efficient": True} if memory_efficient else {})
 
 
 def _named_modules(model):

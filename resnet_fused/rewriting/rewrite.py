@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import calls
@@ -41,12 +40,14 @@ class _Refusal(Exception):
 
 def plan(module, memory_efficient=False):
     """The :class:`Plan` for the module, which stays as it is. Never raises."""
+    names = [""]
     try:
+        names = [name for name, _ in batch_norms(module)]
         with LOCK:
-            return _plan(module, memory_efficient)
+            return _plan(module, memory_efficient) if names else Plan({})
     except Exception as error:  # whatever a stranger's forward, class or attribute raises
         reason = str(error) if isinstance(error, _Refusal) else f"in a module that cannot be planned: {_told(error)}"
-        return Plan({name: reason for name, _ in batch_norms(module)})
+        return Plan(dict.fromkeys(names, reason))
 
 
 def _told(error):
@@ -103,9 +104,7 @@ def _rewrite(module, memory_efficient, argument_class):
     fused = tuple(node.target for tail in tails for node in tail.batch_norms)
     bypassed |= {step.target for tail in tails for step in tail.steps if step.op == "call_module"}
     for name in sorted(bypassed):
-        layer_class = (type(module.get_submodule(name)),)
-        scanner.add(Guard(name, "type({module}) is {0} and 'forward' not in {module}.__dict__", layer_class))
-        scanner.add(Guard(name, f"not ({' or '.join(f'{{module}}.{hooks}' for hooks in _HOOKS)})"))
+        scanner.add(Guard(name, "{0}({module}, {1})", (calls.is_plain, type(module.get_submodule(name)))))
     for name in sorted(bypassed.union(node.target for tail in tails for node in tail.convolutions)):
         layer_class = type(module.get_submodule(name))
         expected = layer_class, _FORWARDS.get(layer_class, layer_class.forward), nn.Module
@@ -115,7 +114,6 @@ def _rewrite(module, memory_efficient, argument_class):
     return Plan(reasons, None, fused, inlined), rewrite, asks
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
 _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
 
@@ -184,13 +182,12 @@ def _written(graph, guards, argument_class):
     """The source of a forward that runs the graph where the guards hold, and all that it names."""
     code = _code(graph)
     names = code.globals | {"Proxy": fx.Proxy, "is_tracing": torch.jit.is_tracing, "argument_class": argument_class}
-    names["has_any_global_hook"] = _has_any_global_hook
     # The forward may ask for None; another tracer, for whom layers are to be called, passes proxies.
     refuses = (
         "type(argument) is not argument_class" if argument_class else "argument is None or isinstance(argument, Proxy)"
     )
     layers = {"": "self"}  # by path, in what they are found; then in variables
-    conditions = ["not has_any_global_hook()", "not is_tracing()"]
+    conditions = ["not is_tracing()"]
     for guard in guards:
         values = {f"value_{len(names) + i}": value for i, value in enumerate(guard.values)}
         names |= values
@@ -271,8 +268,8 @@ def restore(format, original_class, *options):
 
 
 def _fused_class(original_class, memory_efficient, rewrites):
-    for subclass in filter(is_fused, type.__subclasses__(original_class)):
-        if subclass._recomputes is memory_efficient and same(subclass._rewrites, rewrites):
+    for subclass in type.__subclasses__(original_class):
+        if same(vars(subclass).get("_rewrites"), rewrites) and subclass._recomputes is memory_efficient:
             return subclass
     functions = {"forward": None}
     for rewrite in reversed(rewrites):
