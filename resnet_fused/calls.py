@@ -90,8 +90,9 @@ def _attempt(operator, *args, **kwargs):
 
 
 def call_tail(bn, input, inplace=None, residual=None, residual_bn=None, residual_first=False):
-    """``relu(bn(input))``, ``relu(bn(input) + residual)`` or ``relu(bn(input) + residual_bn(residual))``, of plain batch
-    norms. Of what is :class:`Convolved` the bias is added first.
+    """``relu(bn(input))``, ``relu(bn(input) + residual)`` or ``relu(bn(input) + residual_bn(residual))``.
+
+    The batch norms are plain. Of what is :class:`Convolved` the bias is added first.
 
     Fused where a sum has the input's shape and type, and both batch norms are in the same mode: an out-of-place sum
     broadcasts, and promotes types. ``inplace``: whether it is an ``add_``; None: there is none. ``residual_first``: the

@@ -76,21 +76,11 @@ def _only_holds_layers(module):
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
-def drop_identities(module, graph):
-    """Take every plain nn.Identity out of a graph of the module. Their names."""
-    matcher, names = _Matcher(module, graph), set()
-    for node in graph.nodes:
-        if is_plain(matcher.layer(node), nn.Identity):
-            names.add(node.target)
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-    return names
-
-
 def find_tails(module, graph):
-    """The tails in a graph of the module, and, for each further batch norm in it, by name, why it begins none."""
+    """The tails in a graph of the module, and, for each further batch norm in it, by name, why it begins none; and the
+    names of the plain nn.Identity that the graph called, and calls no more."""
     matcher = _Matcher(module, graph)
-    tails, reasons = [], {}
+    tails, reasons, identities = [], {}, matcher.drop_identities()
     for node in graph.nodes:
         if not matcher.calls_batch_norm(node) or any(node is tail.residual_norm for tail in tails):
             continue
@@ -100,8 +90,9 @@ def find_tails(module, graph):
             tails.append(matcher.tail(node))
         except _NoTail as reason:
             reasons[node.target] = str(reason)
-    fused = {node.target for tail in tails for node in tail.batch_norms}
-    return tails, {name: reason for name, reason in reasons.items() if name not in fused}
+    for name in (node.target for tail in tails for node in tail.batch_norms):
+        reasons.pop(name, None)
+    return tails, reasons, identities
 
 
 class _NoTail(Exception):
@@ -117,6 +108,15 @@ class _Matcher:
         """The layer that the node calls with a tensor and no more, or None."""
         is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == len(node.all_input_nodes) == 1
         return self.layers[node.target] if is_call else None
+
+    def drop_identities(self):
+        names = set()
+        for node in self.graph.nodes:
+            if is_plain(self.layer(node), nn.Identity):
+                names.add(node.target)
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self.graph.erase_node(node)
+        return names
 
     def calls_batch_norm(self, node):
         return node.op == "call_module" and is_batch_norm(self.layers[node.target])

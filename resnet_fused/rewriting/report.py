@@ -11,7 +11,7 @@ from torch import nn
 
 from ..blocks import FusedResidual, MemoryEfficientFusedResidual, Residual
 from .matching import RETURNED
-from .rewrite import Fused, Plan, is_fused, plan
+from .rewrite import Plan, is_fused, plan
 
 _FORWARD_OF_RESIDUAL = Residual.forward
 
@@ -132,7 +132,7 @@ def unfuse(model):
         if is_fused(type(module)):
             module.__class__ = type(module)._original_class
             report.unfused.append(Swapped(name, type(module).__name__))
-        elif isinstance(module, FusedResidual | Fused):
+        elif hasattr(type(module), "_original_class"):
             report.left.append(Left(name, type(module).__name__, "a subclass of a fused class"))
     return report
 

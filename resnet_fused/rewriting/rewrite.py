@@ -5,7 +5,6 @@ Where what the graph takes for granted no longer holds, a hook that was added si
 
 import abc
 import contextlib
-import itertools
 import linecache
 import warnings
 import weakref
@@ -17,9 +16,8 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .. import calls
-from ..blocks import FusedResidual
 from .lookups import Guard, Reads, Scanner, asks_super_of_its_class, same
-from .matching import batch_norms, drop_identities, find_tails
+from .matching import batch_norms, find_tails
 from .tracing import BATCH_NORMS, LOCK, trace
 
 FORMAT = 2  # of pickles, see restore
@@ -55,22 +53,22 @@ def _told(error):
 
 
 def _check(module):
-    if isinstance(module, Fused | FusedResidual):
-        raise _Refusal("already fused")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise _Refusal("in a scripted module")
-    if is_parametrized(module):
-        raise _Refusal("in a parametrized module")
-    if "forward" in module.__dict__:
-        raise _Refusal("in a module whose forward was replaced on the instance")
-    if any(type(child).__module__.startswith(("torch.ao.", "torchao.")) for child in module.children()):
-        raise _Refusal("in a module made for quantisation")
     pickling = {"__reduce__": object.__reduce__, "__reduce_ex__": object.__reduce_ex__}
-    for name in ("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__"):
-        if getattr(type(module), name, None) is not pickling.get(name):
-            raise _Refusal(f"in a module whose class overrides {name}")
-    if method := asks_super_of_its_class(type(module)):
-        raise _Refusal(f"in a module whose {method} calls super() of its instance's class")
+    methods = ("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__")
+    overridden = [name for name in methods if getattr(type(module), name, None) is not pickling.get(name)]
+    children = [type(child).__module__ for child in module.children()]
+    asking = asks_super_of_its_class(type(module))
+    reasons = {
+        "already fused": hasattr(type(module), "_original_class"),
+        "in a scripted module": isinstance(module, torch.jit.ScriptModule),
+        "in a parametrized module": is_parametrized(module),
+        "in a module whose forward was replaced on the instance": "forward" in module.__dict__,
+        "in a module made for quantisation": any(name.startswith(("torch.ao.", "torchao.")) for name in children),
+        f"in a module whose class overrides {next(iter(overridden), None)}": overridden,
+        f"in a module whose {asking} calls super() of its instance's class": asking,
+    }
+    for reason in (reason for reason, applies in reasons.items() if applies):
+        raise _Refusal(reason)
 
 
 def _plan(module, memory_efficient):
@@ -92,18 +90,21 @@ def _plan(module, memory_efficient):
 def _rewrite(module, memory_efficient, argument_class):
     """The plan, but for the class; the forward's source, and what that names; and whether the original asks for the
     class of an argument, which then is this one."""
-    scanner = Scanner()
-    graph, inlined, asks = _trace(module, True, scanner, argument_class)
-    source = _code(graph).src
-    bypassed = inlined | drop_identities(module, graph)
-    tails, reasons = find_tails(module, graph)
+    scanner, traced = Scanner(), []
+    for mode in ("training", "eval"):
+        try:
+            traced.append(trace(module, mode == "training", scanner, argument_class))
+        except Exception as error:
+            raise _Refusal(f"in a forward that cannot be traced in {mode}: {_told(error)}") from error
+    (graph, inlined, asks), (other_graph, *_) = traced
+    if graph.python_code("self").src != other_graph.python_code("self").src:
+        raise _Refusal("in a forward that differs between training and eval")
+    tails, reasons, identities = find_tails(module, graph)
     if not tails:
         return Plan(reasons), None, asks
-    if source != _code(_trace(module, False, scanner, argument_class)[0]).src:
-        raise _Refusal("in a forward that differs between training and eval")
     fused = tuple(node.target for tail in tails for node in tail.batch_norms)
-    bypassed |= {step.target for tail in tails for step in tail.steps if step.op == "call_module"}
-    for name in sorted(bypassed):
+    steps = {step.target for tail in tails for step in tail.steps if step.op == "call_module"}
+    for name in sorted(bypassed := inlined | identities | steps):
         scanner.add(Guard(name, "{0}({module}, {1})", (calls.is_plain, type(module.get_submodule(name)))))
     for name in sorted(bypassed.union(node.target for tail in tails for node in tail.convolutions)):
         layer_class = type(module.get_submodule(name))
@@ -116,20 +117,6 @@ def _rewrite(module, memory_efficient, argument_class):
 
 # Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
 _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
-
-
-def _trace(module, training, *arguments):
-    try:
-        return trace(module, training, *arguments)
-    except Exception as error:
-        mode = "training" if training else "eval"
-        raise _Refusal(f"in a forward that cannot be traced in {mode}: {_told(error)}") from error
-
-
-def _code(graph):
-    for node in graph.nodes:
-        node.type = None  # annotations would have to be imported
-    return graph.python_code("self")
 
 
 def _replace(graph, tails, memory_efficient):
@@ -180,28 +167,20 @@ def holds(self):
 
 def _written(graph, guards, argument_class):
     """The source of a forward that runs the graph where the guards hold, and all that it names."""
-    code = _code(graph)
+    code, layers, conditions = graph.python_code("self"), {"": "self"}, ["not is_tracing()"]
     names = code.globals | {"Proxy": fx.Proxy, "is_tracing": torch.jit.is_tracing, "argument_class": argument_class}
-    # The forward may ask for None; another tracer, for whom layers are to be called, passes proxies.
-    refuses = (
-        "type(argument) is not argument_class" if argument_class else "argument is None or isinstance(argument, Proxy)"
-    )
-    layers = {"": "self"}  # by path, in what they are found; then in variables
-    conditions = ["not is_tracing()"]
     for guard in guards:
         values = {f"value_{len(names) + i}": value for i, value in enumerate(guard.values)}
         names |= values
-        layers.setdefault(guard.path, f"layer_{len(layers)}")
-        conditions.append(f"({guard.expression.format(*values, module=layers[guard.path])})")
-    found = [
-        f"{variable} = self" + "".join(f"._modules[{name!r}]" for name in path.split("."))
-        for path, variable in layers.items()
-        if path
-    ]
+        variable = layers.setdefault(guard.path, f"layer_{len(layers)}")
+        conditions.append(f"({guard.expression.format(*values, module=variable)})")
+    lookups = {path: "".join(f"._modules[{name!r}]" for name in path.split(".")) for path in layers if path}
+    # The forward may ask for None; another tracer, for whom layers are to be called, passes proxies.
+    refuses = "type(argument) is not argument_class", "argument is None or isinstance(argument, Proxy)"
     source = _FORWARD.format(
         count=sum(node.op == "placeholder" for node in graph.nodes),
-        refuses=refuses,
-        layers="\n        ".join(found) or "pass",
+        refuses=refuses[argument_class is None],
+        layers="\n        ".join(f"{layers[path]} = self{lookup}" for path, lookup in lookups.items()),
         conditions=" and ".join(conditions),
     )
     return source + code.src.replace("def forward(", "def rewritten(", 1), tuple(names.items())
@@ -288,11 +267,8 @@ def _execute(source, names, original_class, otherwise):
     a code object."""
     functions = {name: value.compile() if isinstance(value, Reads) else value for name, value in names}
     functions |= {"original_class": original_class, "otherwise": otherwise}
-    file = f"<resnet_fused {original_class.__qualname__} {next(_count)}>"
+    file = f"<resnet_fused {original_class.__qualname__} {id(functions)}>"
     linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
     exec(compile(source, file, "exec"), functions)
     weakref.finalize(functions["forward"], linecache.cache.pop, file, None).atexit = False
     return functions
-
-
-_count = itertools.count()

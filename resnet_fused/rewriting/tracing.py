@@ -1,6 +1,5 @@
 """The graph of a module's forward, and all that the graph takes for granted. What a graph cannot say is refused."""
 
-import contextlib
 import operator
 import sys
 import threading
@@ -40,8 +39,8 @@ def _is_crossed(module):
 
 
 def trace(module, training, scanner, argument_class):
-    """The graph of the module's forward in one mode, the names of the Sequentials whose steps are in it, and whether the
-    forward asks for the class of an argument, which then is ``argument_class``.
+    """The graph of the module's forward in one mode, the names of the Sequentials whose steps are in it, and whether
+    the forward asks for the class of an argument, which then is ``argument_class``.
 
     Every other module is one step. The placeholders are the arguments without a default; those with one have it. What
     the graph takes for granted is added to the scanner's guards. Raises whatever the forward raises, and RuntimeError
@@ -49,16 +48,21 @@ def trace(module, training, scanner, argument_class):
     """
     shells = {}
     shell = _shell(module, training, "", shells)
-    tracer = _Tracer({id(shell): at for at, shell in shells.values()}, scanner, argument_class)
-    state = _state(shells)
+    tracer, state = _Tracer(scanner, argument_class), _state(shells)
     scanner.look_up("", type(module), "forward")
-    # A grad mode that the forward sets differs from one of the two.
-    try:
-        with torch.set_grad_enabled(training), _recording(tracer.record), _NoTensors():
+
+    def __getattribute__(module, name):
+        tracer.record(module, name, sys._getframe(1).f_globals.get("__name__", ""))
+        return object.__getattribute__(module, name)
+
+    nn.Module.__getattribute__ = __getattribute__
+    try:  # a grad mode that the forward sets differs from one of the two
+        with torch.set_grad_enabled(training), _NoTensors():
             graph = tracer.trace(shell)
-        tracer.guard_children()
-    finally:  # no cycle is to hold the module's tensors
-        tracer.root, tracer.origins = None, {}
+    finally:
+        del nn.Module.__getattribute__
+        tracer.root = None  # no cycle is to hold the module's tensors
+    tracer.guard_children()
     if assigned := [name for name, value in _state(shells).items() if state.get(name, shell) is not value]:
         raise RuntimeError(f"it assigns to {', '.join(assigned)}")
     return graph, tracer.inlined, tracer.asked
@@ -68,14 +72,13 @@ def _shell(module, training, path, shells):
     """A stand-in for tracing: of the module's class, sharing its tensors, without what a trace could change in it."""
     if module is None or isinstance(module, torch.jit.ScriptModule):
         return module
-    if module in shells:
-        return shells[module][1]
-    shell = object.__new__(type(module))
-    shells[module] = (path, module), shell
+    if id(module) in shells:
+        return shells[id(module)]
+    shell = shells[id(module)] = object.__new__(type(module))
     for name, value in module.__dict__.items():
         if name in _OWN_ATTRIBUTES or is_constant(value):
             shell.__dict__[name] = value.copy() if hasattr(value, "copy") else value
-    shell.__dict__["training"] = training
+    shell.__dict__ |= {"training": training, "_shell_of": (path, module)}
     for name, child in module._modules.items():
         shell._modules[name] = _shell(child, training, _join(path, name), shells)
     return shell
@@ -84,8 +87,8 @@ def _shell(module, training, path, shells):
 def _state(shells):
     """Every attribute that a forward could assign to."""
     return {
-        _join(path, name): value
-        for (path, _), shell in shells.values()
+        _join(shell._shell_of[0], name): value
+        for shell in shells.values()
         for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
         for name, value in attributes.items()
     }
@@ -93,21 +96,6 @@ def _state(shells):
 
 def _join(path, name):
     return f"{path}.{name}" if path else name
-
-
-@contextlib.contextmanager
-def _recording(record):
-    """Show every attribute that a module is asked for to ``record``, with the name of who asks."""
-
-    def __getattribute__(module, name):
-        record(module, name, sys._getframe(1).f_globals.get("__name__", ""))
-        return object.__getattribute__(module, name)
-
-    nn.Module.__getattribute__ = __getattribute__
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
 
 
 class _NoTensors(TorchFunctionMode):
@@ -162,14 +150,13 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True  # else a forward that counts its calls would count in the real buffer
 
-    def __init__(self, origins, scanner, argument_class):
+    def __init__(self, scanner, argument_class):
         super().__init__()
-        self.origins = origins  # id of a shell -> its path and module
         self.scanner = scanner
         self.argument_class = argument_class
         self.asked = False
         self.inlined = set()
-        self.children = set()  # those that the forward looks up, by path and name
+        self.children = {}  # those that the forward looks up, by path and name
         self.thread = threading.get_ident()
         self.records = False  # not what fx reads
 
@@ -183,13 +170,12 @@ class _Tracer(fx.Tracer):
         return threading.get_ident() == self.thread
 
     def record(self, shell, name, reader):
-        if not self.is_here() or not self.records or id(shell) not in self.origins or name in _NEVER_GUARDED:
+        own, add = object.__getattribute__(shell, "__dict__"), self.scanner.add
+        if not self.is_here() or not self.records or "_shell_of" not in own or name in _NEVER_GUARDED:
             return
         if reader.startswith(("torch.fx", __package__)):
             return
-        path, module = self.origins[id(shell)]
-        own = object.__getattribute__(shell, "__dict__")
-        add = self.scanner.add
+        path, module = own["_shell_of"]
         if name == "training":
             if path:  # else both modes are traced, all layers in the same
                 add(Guard(path, "{module}.training is self.training"))
@@ -201,7 +187,7 @@ class _Tracer(fx.Tracer):
             add(Guard.same(path, f"{{module}}.{name}", own[name]))
             self.scanner.follow(own[name])
         elif name in own["_modules"]:
-            self.children.add((path, name))
+            self.children[path, name] = module._modules[name]
         elif kind := next((kind for kind in ("_parameters", "_buffers") if name in own[kind]), None):
             add(Guard(path, f"{{module}}.{kind}[{name!r}] is {'' if own[kind][name] is None else 'not '}None"))
         elif name in module.__dict__:
@@ -219,37 +205,33 @@ class _Tracer(fx.Tracer):
 
     def guard_children(self):
         """Their classes where the forward asks for one, else whether they are there, and true."""
-        for path, name in self.children:
-            child, found = self.root.get_submodule(path)._modules[name], f"{{module}}._modules[{name!r}]"
+        for (path, name), child in self.children.items():
+            found = f"{{module}}._modules[{name!r}]"
             is_falsy = f"{found} is {'None' if child is None else f'not None and not {found}'}"
             self.scanner.add(Guard(path, found if child else is_falsy))
             if self.scanner.asks & {"isinstance", "issubclass"}:
                 self.scanner.add(Guard(path, f"{{0}}({found}) is {{1}}", (plain_class, plain_class(child))))
 
-    def trace(self, root):
-        self._modes = _modes()
-        return super().trace(root)
-
     def create_args_for_root(self, *args, **kwargs):
+        self._modes = _modes()
         prepared = super().create_args_for_root(*args, **kwargs)
         self.records = True
         return prepared
 
-    def create_proxy(self, kind, target, args, kwargs, *names, **options):
-        if kind != "placeholder":
-            return super().create_proxy(kind, target, args, kwargs, *names, **options)
-        if target.startswith("*"):
-            raise RuntimeError("it takes any number of arguments")
-        for default in args:
-            if not isinstance(default, (bool, int, float, str, type(None))):
-                raise RuntimeError(f"its argument {target} is {default!r} by default")
-            return default
-        return super().create_proxy(kind, target, (), kwargs, *names)
+    def create_proxy(self, kind, target, args, *arguments, **options):
+        if kind == "placeholder":
+            if target.startswith("*"):
+                raise RuntimeError("it takes any number of arguments")
+            for default in args:
+                if not isinstance(default, (bool, int, float, str, type(None))):
+                    raise RuntimeError(f"its argument {target} is {default!r} by default")
+                return default
+        return super().create_proxy(kind, target, args, *arguments, **options)
 
-    def create_node(self, *args, **kwargs):
+    def create_node(self, kind, target, args, kwargs, name=None, type_expr=None):
         if _modes() != self._modes:
             raise RuntimeError("it runs steps under no_grad, autocast, checkpointing or the like")
-        return super().create_node(*args, **kwargs)
+        return super().create_node(kind, target, args, kwargs, name)  # an annotation would have to be imported
 
     def create_arg(self, value):
         return value.node if type(value) is _Proxy else super().create_arg(value)  # fx would ask for its class
@@ -263,14 +245,13 @@ class _Tracer(fx.Tracer):
         if not self.is_here():
             return value
         self.records = False
-        try:
-            return super().getattr(name, value, cache)
-        finally:
-            self.records = True
+        value = super().getattr(name, value, cache)
+        self.records = True
+        return value
 
-    def is_leaf_module(self, module, module_qualified_name):
-        is_leaf = not _is_crossed(self.origins.get(id(module), ("", module))[1])
-        self.inlined |= set() if is_leaf else {module_qualified_name}
+    def is_leaf_module(self, module, path):
+        is_leaf = "_shell_of" not in module.__dict__ or not _is_crossed(module._shell_of[1])
+        self.inlined |= set() if is_leaf else {path}
         return is_leaf
 
     def proxy(self, node):
