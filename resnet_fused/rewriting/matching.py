@@ -1,13 +1,12 @@
-"""Tails found in a graph: a batch norm that a ReLU follows, maybe after a sum. And why other batch norms begin none."""
+"""Tails in a graph, a batch norm that a ReLU follows, maybe after a sum, and the calls that take their place."""
 
 import operator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from ..calls import CONVOLUTIONS, is_plain
+from ..calls import CONVOLUTIONS, call_recomputing, call_tail, convolve, is_plain
 from .tracing import BATCH_NORMS, is_plain_sequential
 
 RETURNED = "its output is returned"
@@ -16,44 +15,6 @@ _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
 _CONSUMERS = nn.modules.conv._ConvNd | nn.modules.pooling._MaxPoolNd
-
-
-class Tail(NamedTuple):
-    """relu(batch_norm(input)), relu(batch_norm(input) + residual) or relu(batch_norm(input) + batch_norm(residual))."""
-
-    batch_norm: fx.Node
-    relu: fx.Node
-    add: fx.Node | None
-    residual_norm: fx.Node | None  # where the residual is the output of another batch norm
-    convolutions: tuple[fx.Node, ...] = ()  # those with a bias that the tail may take over: of the input, the residual
-    consumer: fx.Node | None = None  # a convolution or max pooling, if that alone takes the output, and there is no add
-
-    @property
-    def batch_norms(self):
-        return tuple(filter(None, (self.batch_norm, self.residual_norm)))
-
-    @property
-    def steps(self):
-        """None before one that it needs."""
-        return tuple(filter(None, (self.residual_norm, self.batch_norm, self.add, self.relu)))
-
-    @property
-    def input(self):
-        return self.batch_norm.all_input_nodes[0]
-
-    @property
-    def residual(self):
-        if self.residual_norm:
-            return self.residual_norm.all_input_nodes[0]
-        return _other_operand(self.add, self.batch_norm) if self.add else None
-
-    @property
-    def adds_in_place(self):
-        return self.add.target in _IN_PLACE_ADDS if self.add else None
-
-    @property
-    def normalizes_residual_first(self):
-        return self.residual_norm is not None and self.batch_norm in _between(self.residual_norm, self.add)
 
 
 def is_batch_norm(module):
@@ -76,88 +37,110 @@ def _only_holds_layers(module):
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is nn.Module.forward
 
 
-def find_tails(module, graph):
-    """The tails in a graph of the module, and, for each further batch norm in it, by name, why it begins none; and the
-    names of the plain nn.Identity that the graph called, and calls no more."""
-    matcher = _Matcher(module, graph)
-    tails, reasons, identities = [], {}, matcher.drop_identities()
-    for node in graph.nodes:
-        if not matcher.calls_batch_norm(node) or any(node is tail.residual_norm for tail in tails):
-            continue
-        try:
-            if adder := next((tail for tail in tails if tail.residual is node), None):
-                raise _NoTail(f"its output is added to that of {adder.batch_norm.target}, which is fused")
-            tails.append(matcher.tail(node))
-        except _NoTail as reason:
-            reasons[node.target] = str(reason)
-    for name in (node.target for tail in tails for node in tail.batch_norms):
-        reasons.pop(name, None)
-    return tails, reasons, identities
-
-
 class _NoTail(Exception):
     """Why a batch norm begins no tail."""
 
 
-class _Matcher:
-    def __init__(self, module, graph):
+class Tails:
+    """Those in a graph of the module, which are replaced by one call each."""
+
+    def __init__(self, module, graph, memory_efficient):
         self.graph = graph
         self.layers = dict(module.named_modules(remove_duplicate=False))
+        self.fused = []  # names of batch norms
+        self.reasons = {}  # of the other ones, by name
+        self.bypassed = set()  # names of layers that are called no more
+        self.convolved = set()  # and of convolutions that leave out their bias
+        for node in graph.nodes:
+            if is_plain(self._layer(node), nn.Identity):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self._erase(node)
+        for node in filter(self._calls_batch_norm, list(graph.nodes)):
+            try:
+                if node.target not in self.fused:
+                    self._fuse(node)
+            except _NoTail as reason:
+                self.reasons.setdefault(node.target, str(reason))
+        for node in [node for node in graph.nodes if node.target is call_tail] if memory_efficient else ():
+            self._recompute(node)
 
-    def layer(self, node):
+    def _layer(self, node):
         """The layer that the node calls with a tensor and no more, or None."""
         is_call = node.op == "call_module" and len(node.args) + len(node.kwargs) == len(node.all_input_nodes) == 1
         return self.layers[node.target] if is_call else None
 
-    def drop_identities(self):
-        names = set()
-        for node in self.graph.nodes:
-            if is_plain(self.layer(node), nn.Identity):
-                names.add(node.target)
-                node.replace_all_uses_with(node.all_input_nodes[0])
-                self.graph.erase_node(node)
-        return names
-
-    def calls_batch_norm(self, node):
+    def _calls_batch_norm(self, node):
         return node.op == "call_module" and is_batch_norm(self.layers[node.target])
 
-    def tail(self, batch_norm):
-        """The tail that the batch norm begins; else raises _NoTail."""
+    def _fuse(self, batch_norm):
+        """Replace the tail that the batch norm begins; else raises _NoTail."""
         self._check(batch_norm)
-        user, add, residual_norm = self._only_user(batch_norm), None, None
+        user, add, adds_in_place, residual, residual_norm, residual_first = self._only_user(batch_norm), *[None] * 5
         if operands := _operands(user):
-            add = user
-            if add.target in _IN_PLACE_ADDS and operands[0] is not batch_norm:
+            add, adds_in_place = user, user.target in _IN_PLACE_ADDS
+            if adds_in_place and operands[0] is not batch_norm:
                 raise _NoTail(f"its output is added in place to {self._label(operands[0])}")
-            residual_norm = self._residual_norm(batch_norm, add)
+            residual = operands[operands[0] is batch_norm]
+            if self._may_wait(residual, add, batch_norm):
+                residual_norm, residual = residual, residual.all_input_nodes[0]
+                residual_first = batch_norm in _between(residual_norm, add)
             self._check_input(batch_norm, add, residual_norm)
             user = self._only_user(add)
         if not self._is_relu(user):
             fate = "returned" if user.op == "output" else f"used by {self._label(user)}"
             raise _NoTail(f"its output is {fate if add is None else f'added, and the sum {fate}'}")
-        tail = Tail(batch_norm, user, add, residual_norm)
-        convolutions = tuple(filter(self._leaves_its_bias, (tail.input, tail.residual)))
-        consumers = [node for node in user.users if add is None and isinstance(self.layer(node), _CONSUMERS)]
-        return tail._replace(
-            convolutions=convolutions, consumer=consumers[0] if consumers and len(user.users) == 1 else None
-        )
+        inputs = [self._convolved(node) for node in (batch_norm.all_input_nodes[0], residual)]
+        with self.graph.inserting_before(add or batch_norm):
+            norms = [node and self.graph.get_attr(node.target) for node in (batch_norm, residual_norm)]
+            arguments = norms[0], inputs[0], adds_in_place, inputs[1], norms[1], residual_first
+            user.replace_all_uses_with(self.graph.call_function(call_tail, arguments))
+        for node in filter(None, (batch_norm, residual_norm)):
+            self.fused.append(node.target)
+            self.reasons.pop(node.target, None)
+        for node in filter(None, (user, add, batch_norm, residual_norm)):
+            self._erase(node)
 
-    def _leaves_its_bias(self, node):
-        """Whether the node is a convolution with a bias, whose output nobody else takes."""
-        layer = self.layer(node) if node and len(node.users) == 1 else None
-        return type(layer) in CONVOLUTIONS and layer.bias is not None
+    def _erase(self, node):
+        self.graph.erase_node(node)
+        if node.op == "call_module":
+            self.bypassed.add(node.target)
 
-    def _residual_norm(self, batch_norm, add):
-        """The batch norm whose output is the other operand, and is nothing else."""
-        residual = _other_operand(add, batch_norm)
-        if not self.calls_batch_norm(residual) or len(residual.users) > 1:
-            return None
+    def _convolved(self, node):
+        """The node; in the place of a convolution, whose output nobody else takes, one that leaves out its bias."""
+        layer = self._layer(node) if node and len(node.users) == 1 else None
+        if type(layer) not in CONVOLUTIONS or layer.bias is None:
+            return node
+        self.convolved.add(node.target)
+        return self._call_in_place_of(node, convolve)
+
+    def _recompute(self, tail):
+        """Keep no output of the tail that a convolution or max pooling takes, and nothing else."""
+        user = next(iter(tail.users), tail)
+        if tail.args[2] is None and len(tail.users) == 1:
+            if user.target is convolve:
+                user.args = (*user.args, True)
+            elif isinstance(self._layer(user), _CONSUMERS):
+                self._call_in_place_of(user, call_recomputing)
+
+    def _call_in_place_of(self, node, function):
+        with self.graph.inserting_before(node):
+            arguments = self.graph.get_attr(node.target), *node.all_input_nodes
+            call = self.graph.call_function(function, arguments)
+        node.replace_all_uses_with(call)
+        self.graph.erase_node(node)
+        return call
+
+    def _may_wait(self, residual, add, batch_norm):
+        """Whether the residual is the output of a batch norm, and of one that may run when the add does."""
+        if not self._calls_batch_norm(residual) or len(residual.users) > 1:
+            return False
         try:
             self._check(residual)
             self._check_input(residual, add, batch_norm)
-        except _NoTail:
-            return None
-        return residual
+        except _NoTail as reason:
+            self.reasons[residual.target] = str(reason)
+            return False
+        return True
 
     def _check(self, batch_norm):
         layer = self.layers[batch_norm.target]
@@ -171,7 +154,7 @@ class _Matcher:
         mentions = [node for node in self.graph.nodes if f"{node.target}.".startswith(f"{batch_norm.target}.")]
         if len(names) > 1 or len(mentions) > 1:
             raise _NoTail("it is used twice")
-        if self.layer(batch_norm) is None:
+        if self._layer(batch_norm) is None:
             raise _NoTail("it is called with more than a tensor")
 
     def _only_user(self, node):
@@ -184,12 +167,12 @@ class _Matcher:
         arguments = (*node.args, *node.kwargs.values())
         tensors = [argument for argument in arguments if not isinstance(argument, bool)]  # without inplace
         is_function = node.target in _RELUS and node.op != "call_module" and len(tensors) == 1
-        return is_function or is_plain(self.layer(node), nn.ReLU)
+        return is_function or is_plain(self._layer(node), nn.ReLU)
 
     def _check_input(self, batch_norm, add, other_norm):
         """The batch norm is to run when the add does: until then, nobody may change its input."""
         (input,) = batch_norm.all_input_nodes
-        is_its_own = isinstance(self.layer(input), nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
+        is_its_own = isinstance(self._layer(input), nn.modules.conv._ConvNd | nn.Linear) and len(input.users) == 1
         between = [node for node in _between(batch_norm, add) if node is not other_norm]
         if between and not is_its_own:
             raise _NoTail("what runs between it and the add might change its input")
@@ -220,10 +203,6 @@ def _operands(node):
     operands = (*node.args, *kwargs.values())
     are_nodes = [type(operand) for operand in operands] == [fx.Node, fx.Node]
     return operands if are_nodes and kwargs.keys() <= {"input", "other"} and operands[0] is not operands[1] else None
-
-
-def _other_operand(add, node):
-    return next(other for other in add.all_input_nodes if other is not node)
 
 
 def _between(node, end):

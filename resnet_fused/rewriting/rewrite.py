@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .. import calls
 from .lookups import Guard, Reads, Scanner, asks_super_of_its_class, same
-from .matching import batch_norms, find_tails
+from .matching import Tails, batch_norms
 from .tracing import BATCH_NORMS, LOCK, trace
 
 FORMAT = 2  # of pickles, see restore
@@ -99,46 +99,21 @@ def _rewrite(module, memory_efficient, argument_class):
     (graph, inlined, asks), (other_graph, *_) = traced
     if graph.python_code("self").src != other_graph.python_code("self").src:
         raise _Refusal("in a forward that differs between training and eval")
-    tails, reasons, identities = find_tails(module, graph)
-    if not tails:
-        return Plan(reasons), None, asks
-    fused = tuple(node.target for tail in tails for node in tail.batch_norms)
-    steps = {step.target for tail in tails for step in tail.steps if step.op == "call_module"}
-    for name in sorted(bypassed := inlined | identities | steps):
+    tails = Tails(module, graph, memory_efficient)
+    if not tails.fused:
+        return Plan(tails.reasons), None, asks
+    for name in sorted(bypassed := inlined | tails.bypassed):
         scanner.add(Guard(name, "{0}({module}, {1})", (calls.is_plain, type(module.get_submodule(name)))))
-    for name in sorted(bypassed.union(node.target for tail in tails for node in tail.convolutions)):
+    for name in sorted(bypassed | tails.convolved):
         layer_class = type(module.get_submodule(name))
         expected = layer_class, _FORWARDS.get(layer_class, layer_class.forward), nn.Module
         scanner.add(Guard("", "{0}.forward is {1} and {0}.__call__ is {2}.__call__", expected))
-    _replace(graph, tails, memory_efficient)
     rewrite = _written(graph, scanner.guards.values(), argument_class if asks else None)
-    return Plan(reasons, None, fused, inlined), rewrite, asks
+    return Plan(tails.reasons, None, tuple(tails.fused), inlined), rewrite, asks
 
 
 # Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
 _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
-
-
-def _replace(graph, tails, memory_efficient):
-    convolutions = {node for tail in tails for node in tail.convolutions}
-    consumers = {tail.consumer for tail in tails if memory_efficient}
-    for node in graph.nodes:
-        if node in convolutions or node in consumers:
-            function, *options = (
-                (calls.convolve, node in consumers) if node in convolutions else (calls.call_recomputing,)
-            )
-            with graph.inserting_before(node):
-                arguments = graph.get_attr(node.target), *node.all_input_nodes, *options
-                node.replace_all_uses_with(graph.call_function(function, arguments))
-            graph.erase_node(node)
-    for tail in tails:
-        with graph.inserting_before(tail.add or tail.batch_norm):
-            bn, residual_bn = (node and graph.get_attr(node.target) for node in (tail.batch_norm, tail.residual_norm))
-            norms_and_inputs = bn, tail.input, tail.adds_in_place, tail.residual, residual_bn
-            call = graph.call_function(calls.call_tail, (*norms_and_inputs, tail.normalizes_residual_first))
-        tail.relu.replace_all_uses_with(call)
-        for step in reversed(tail.steps):
-            graph.erase_node(step)
 
 
 _FORWARD = """\
