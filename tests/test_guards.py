@@ -538,7 +538,7 @@ def test_a_stem_of_four_steps_is_fused(calls):
     assert calls == ["batch_norm_relu"]
 
 
-@pytest.mark.parametrize("function", ["_check", "Tails", "_written", "_execute"])
+@pytest.mark.parametrize("function", ["_check", "Tails", "_written", "_fused_class"])
 def test_an_error_in_planning_leaves_that_module_and_goes_on(function, monkeypatch):
     own_class = type("Own", (Stem,), {})
     original, model = getattr(rewrite, function), nn.Sequential(*(own_class() for _ in range(3)))

@@ -24,8 +24,6 @@ _IS_ABOUT_A_MODE = re.compile(
     r"|set_|(manual_|initial_)?seed"
 )
 _CANNOT_BE_FOLLOWED = {"type", "vars", "globals", "locals", "eval", "exec"}
-
-
 _OWNERS = (types.ModuleType, type, type(None))  # of builtin functions; a list's append() changes the list
 
 
@@ -94,11 +92,10 @@ def _is_of_torch(thing):
     return (getattr(thing, "__module__", None) or "").split(".")[0] == "torch"
 
 
-def _codes(code):
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
+def _instructions(code):
+    """The names and arguments of the code's instructions, and of those of the functions in it."""
+    inner = [_instructions(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return sum(inner, [(each.opname, each.argval) for each in dis.get_instructions(code)])
 
 
 def _cells(function):
@@ -115,15 +112,12 @@ def _function_of(value):
 
 def asks_super_of_its_class(cls):
     """The user's method that calls ``super(self.__class__, self)``, which in a subclass finds itself; or None."""
-    for base in cls.__mro__:
-        for function in (
-            () if issubclass(nn.Module, base) or _is_of_torch(base) else map(_function_of, vars(base).values())
-        ):
-            names = [instruction.argval for instruction in dis.get_instructions(function)] if function else []
-            if any(
-                names[i] == "super" and {"type", "__class__"} & set(names[i + 1 : i + 4]) for i in range(len(names))
-            ):
-                return function.__qualname__
+    bases = [base for base in cls.__mro__ if not issubclass(nn.Module, base) and not _is_of_torch(base)]
+    for function in filter(None, (_function_of(value) for base in bases for value in vars(base).values())):
+        names = [name for _, name in _instructions(function.__code__)]
+        if any(name == "super" and {"type", "__class__"} & set(names[i + 1 : i + 4]) for i, name in enumerate(names)):
+            return function.__qualname__
+    return None
 
 
 class Scanner:
@@ -165,43 +159,36 @@ class Scanner:
         if not isinstance(function, types.FunctionType) or _is_of_torch(function) or (function, cls) in self._followed:
             return
         self._followed.add((function, cls))
-        cells = _cells(function)
-        found, asks, stored = (
-            {f"{name}.cell_contents": cell.cell_contents for name, cell in cells.items()},
-            set(),
-            set(),
-        )
-        for code in _codes(function.__code__):
-            instructions = [(each.opname, each.argval) for each in dis.get_instructions(code)]
-            for i, (opcode, name) in enumerate(instructions):
-                if opcode in ("STORE_GLOBAL", "DELETE_GLOBAL") or (opcode == "STORE_DEREF" and name in cells):
-                    raise RuntimeError(f"it assigns to {name}")
-                if opcode in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH"):
-                    raise RuntimeError("it catches exceptions")
-                if opcode == "STORE_ATTR":
-                    stored.add(name)
-                    if instructions[i - 1][0] in ("LOAD_GLOBAL", "LOAD_DEREF"):
-                        raise RuntimeError(f"it assigns to {instructions[i - 1][1]}.{name}")
-                if opcode == "MATCH_CLASS":
-                    asks.add("isinstance")
-                elif opcode == "LOAD_GLOBAL" and name in function.__globals__:
-                    found.update([_resolve(name, function.__globals__[name], instructions[i + 1 :])])
-                elif opcode == "LOAD_GLOBAL":
-                    asks.add(name)
+        cells, instructions = _cells(function), _instructions(function.__code__)
+        found = {f"{name}.cell_contents": cell.cell_contents for name, cell in cells.items()}
+        asks, stored = set(), set()
+        for i, (opcode, name) in enumerate(instructions):
+            if opcode in ("STORE_GLOBAL", "DELETE_GLOBAL") or (opcode == "STORE_DEREF" and name in cells):
+                raise RuntimeError(f"it assigns to {name}")
+            if opcode in ("CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH"):
+                raise RuntimeError("it catches exceptions")
+            if opcode == "STORE_ATTR":
+                stored.add(name)
+                if instructions[i - 1][0] in ("LOAD_GLOBAL", "LOAD_DEREF"):
+                    raise RuntimeError(f"it assigns to {instructions[i - 1][1]}.{name}")
+            if opcode == "MATCH_CLASS":
+                asks.add("isinstance")
+            elif opcode == "LOAD_GLOBAL" and name in function.__globals__:
+                found.update([_resolve(name, function.__globals__[name], instructions[i + 1 :])])
+            elif opcode == "LOAD_GLOBAL":
+                asks.add(name)
         for name in sorted(_CANNOT_BE_FOLLOWED & asks):
             raise RuntimeError(f"it calls {name}()")
         for name in stored:
             if any(text.endswith(f".{name}") for text in found):
                 raise RuntimeError(f"it assigns to {name} of a class or module")
         defaults = (function.__defaults__ or ()) + tuple((function.__kwdefaults__ or {}).values())
-        for default in defaults if cls is None else ():
-            _refuse_unless_constant(f"a default of {function.__name__}", default)
-            self.follow(default)
+        defaults = [(f"a default of {function.__name__}", default) for default in defaults if cls is None]
         # By importlib.reload() and the like a function gets other code.
         code = function.__code__, function.__defaults__
         self.add(Guard("", "{0}.__code__ is {1} and {0}.__defaults__ is {2}", (function, *code)))
-        for name, value in found.items():
-            _refuse_unless_constant(name, value)
+        for name, value in (*defaults, *found.items()):
+            _refuse_unless_constant(name.removesuffix(".cell_contents"), value)
             self.follow(value)
         if found:
             self.add(Guard("", "{0}()", (Reads(function, tuple(found), tuple(found.values())),)))

@@ -176,12 +176,10 @@ class Tails:
         between = [node for node in _between(batch_norm, add) if node is not other_norm]
         if between and not is_its_own:
             raise _NoTail("what runs between it and the add might change its input")
-        if any(self._shares_statistics(batch_norm, node) for node in between if node.op == "call_module"):
+        called = [self.layers[node.target] for node in (batch_norm, *between) if node.op == "call_module"]
+        mine, *others = (set(map(id, layer.buffers())) for layer in called)
+        if mine & set().union(*others):
             raise _NoTail("what runs between it and the add updates the same statistics")
-
-    def _shares_statistics(self, batch_norm, node):
-        mine, theirs = (self.layers[name].buffers() for name in (batch_norm.target, node.target))
-        return not set(map(id, mine)).isdisjoint(map(id, theirs))
 
     def _label(self, node):
         if node.op == "output":

@@ -1,11 +1,8 @@
-"""Swap what can run fused in any model, in place, and back.
-
-A module is swapped by its class. What is left alone is named, with the reason.
-"""
+"""Swap the classes of what can run fused in any model, in place, and back. What is left is named, with the reason."""
 
 import contextlib
+from collections import namedtuple
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from torch import nn
 
@@ -16,20 +13,10 @@ from .rewrite import Plan, is_fused, plan
 _FORWARD_OF_RESIDUAL = Residual.forward
 
 
-class Swapped(NamedTuple):
-    """A module whose class was swapped: its name, its original class, and the batch norms that it runs fused."""
-
-    name: str
-    class_name: str
-    batch_norms: tuple[str, ...] = ()
-
-
-class Left(NamedTuple):
-    """A module with batch norms that were left alone, and why."""
-
-    name: str
-    class_name: str
-    reason: str
+# A module whose class was swapped: its name, its original class, and the batch norms that it runs fused.
+Swapped = namedtuple("Swapped", ("name", "class_name", "batch_norms"), defaults=[()])
+# A module with batch norms that were left alone, and why.
+Left = namedtuple("Left", ("name", "class_name", "reason"))
 
 
 @dataclass
@@ -60,15 +47,13 @@ def fuse(model, filter_fn=None, *, memory_efficient=False):
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
     The module whose forward holds the ReLU gets another class: a subclass of its own, of one name, whose forward is
-    written from a ``torch.fx`` trace (the package's own :class:`Residual` becomes a :class:`FusedResidual`). References
-    to it, hooks, layers, parameters and ``state_dict`` stay as they are, and ``model`` itself may be such a module. Add
-    and ReLU may be modules, functions, methods or in place; the batch norm may be inside an ``nn.Sequential`` without
-    hooks. The bias of a convolution before it is left to the batch norm, which cancels it in training: zero gradient.
+    written from a ``torch.fx`` trace (the package's own :class:`Residual` becomes a :class:`FusedResidual`). Add and
+    ReLU may be modules, functions, methods or in place, the batch norm inside an ``nn.Sequential`` without hooks. The
+    bias of a convolution before it is left to the batch norm, which cancels it in training: zero gradient.
 
-    Every call compares what the trace looked up: attributes of modules and their classes, methods, the globals and
-    closures that these read, hooks and classes of layers that are no longer called. Where one has changed, and where an
-    argument is given that has a default, the original forward runs. A forward is refused that looks up what cannot be
-    compared (a list, a dict, an object of another kind), asks for a mode of torch, or draws random numbers. What one
+    Every call compares what the trace looked up: attributes, methods, globals, closures, layers' classes and hooks.
+    Where one has changed, and where an argument is given that has a default, the original forward runs. Refused is what
+    looks up what cannot be compared (a list, a dict), asks for a mode of torch, or draws random numbers. What a forward
     prints, or asks of the time or the file system, was done when it was traced.
 
     Args:
@@ -151,12 +136,11 @@ def unfused(model):
     """
     classes = {module: type(module) for _, module in _named_modules(model) if is_fused(type(module))}
     unfuse(model)
-    plain_classes = {module: type(module) for module in classes}
     try:
         yield model
     finally:
         for module, fused_class in classes.items():
-            if type(module) is plain_classes[module]:
+            if type(module) is fused_class._original_class:
                 module.__class__ = fused_class
 
 

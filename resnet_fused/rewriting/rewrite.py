@@ -226,8 +226,14 @@ def _fused_class(original_class, memory_efficient, rewrites):
         if same(vars(subclass).get("_rewrites"), rewrites) and subclass._recomputes is memory_efficient:
             return subclass
     functions = {"forward": None}
-    for rewrite in reversed(rewrites):
-        functions = _execute(*rewrite, original_class, functions["forward"])
+    for source, names in reversed(rewrites):
+        variables = {"original_class": original_class, "otherwise": functions["forward"]}
+        functions = variables | {name: v.compile() if isinstance(v, Reads) else v for name, v in names}
+        file = f"<resnet_fused {original_class.__qualname__} {id(functions)}>"
+        linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
+        # Compiled for this class alone: torch.compile limits how often it compiles a code object.
+        exec(compile(source, file, "exec"), functions)
+        weakref.finalize(functions["forward"], linecache.cache.pop, file, None).atexit = False
     members = {name: getattr(original_class, name) for name in ("__doc__", "__module__", "__qualname__")}
     members |= {"__slots__": (), "forward": wraps(original_class.forward)(functions["forward"])}
     members |= {"_original_class": original_class, "_recomputes": memory_efficient, "_rewrites": rewrites}
@@ -235,15 +241,3 @@ def _fused_class(original_class, memory_efficient, rewrites):
     # Not by the user's metaclass, which may keep a register of its classes.
     new = abc.ABCMeta.__new__ if isinstance(original_class, abc.ABCMeta) else type.__new__
     return new(type(original_class), original_class.__name__, (Fused, original_class), members)
-
-
-def _execute(source, names, original_class, otherwise):
-    """The functions of the source by name. Its code is of this class alone: torch.compile limits how often it compiles
-    a code object."""
-    functions = {name: value.compile() if isinstance(value, Reads) else value for name, value in names}
-    functions |= {"original_class": original_class, "otherwise": otherwise}
-    file = f"<resnet_fused {original_class.__qualname__} {id(functions)}>"
-    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file  # for tracebacks
-    exec(compile(source, file, "exec"), functions)
-    weakref.finalize(functions["forward"], linecache.cache.pop, file, None).atexit = False
-    return functions

@@ -26,15 +26,13 @@ def is_plain_sequential(module):
 def _layers(module):
     """The layers of a plain Sequential, those of its Sequentials among them, without nn.Identity; else the module."""
     if is_plain_sequential(module):
-        for child in module._modules.values():
-            yield from _layers(child)
-    elif not isinstance(module, nn.Identity):
-        yield module
+        return [layer for child in module._modules.values() for layer in _layers(child)]
+    return [] if isinstance(module, nn.Identity) else [module]
 
 
-def _is_crossed(module):
-    """Whether it is a plain Sequential with the first or the last steps of a tail, whose other ones may be outside."""
-    layers = list(_layers(module)) if is_plain_sequential(module) else [None]
+def _is_crossed(sequential):
+    """Whether the first or the last steps of a tail may be in it, and the other ones outside."""
+    layers = _layers(sequential)
     return not layers or isinstance(layers[0], nn.ReLU) or isinstance(layers[-1], BATCH_NORMS)
 
 
@@ -80,22 +78,18 @@ def _shell(module, training, path, shells):
             shell.__dict__[name] = value.copy() if hasattr(value, "copy") else value
     shell.__dict__ |= {"training": training, "_shell_of": (path, module)}
     for name, child in module._modules.items():
-        shell._modules[name] = _shell(child, training, _join(path, name), shells)
+        shell._modules[name] = _shell(child, training, f"{path}.{name}".lstrip("."), shells)
     return shell
 
 
 def _state(shells):
     """Every attribute that a forward could assign to."""
     return {
-        _join(shell._shell_of[0], name): value
+        f"{shell._shell_of[0]}.{name}".lstrip("."): value
         for shell in shells.values()
         for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
         for name, value in attributes.items()
     }
-
-
-def _join(path, name):
-    return f"{path}.{name}" if path else name
 
 
 class _NoTensors(TorchFunctionMode):
@@ -176,6 +170,7 @@ class _Tracer(fx.Tracer):
         if reader.startswith(("torch.fx", __package__)):
             return
         path, module = own["_shell_of"]
+        full_name = f"{path}.{name}".lstrip(".")
         if name == "training":
             if path:  # else both modes are traced, all layers in the same
                 add(Guard(path, "{module}.training is self.training"))
@@ -183,7 +178,7 @@ class _Tracer(fx.Tracer):
             add(Guard.same(path, "tuple({module}._modules)", tuple(own["_modules"])))
         elif name in own:
             if name not in module.__dict__:
-                raise RuntimeError(f"it assigns to {_join(path, name)}")
+                raise RuntimeError(f"it assigns to {full_name}")
             add(Guard.same(path, f"{{module}}.{name}", own[name]))
             self.scanner.follow(own[name])
         elif name in own["_modules"]:
@@ -191,14 +186,14 @@ class _Tracer(fx.Tracer):
         elif kind := next((kind for kind in ("_parameters", "_buffers") if name in own[kind]), None):
             add(Guard(path, f"{{module}}.{kind}[{name!r}] is {'' if own[kind][name] is None else 'not '}None"))
         elif name in module.__dict__:
-            raise RuntimeError(f"it reads {_join(path, name)}, a {type(module.__dict__[name]).__name__}")
+            raise RuntimeError(f"it reads {full_name}, a {type(module.__dict__[name]).__name__}")
         elif name == "__class__" and not reader.startswith(("torch.", "abc")):  # abc: for isinstance, of torch, too
             if not path:
                 raise RuntimeError("it asks for its own class")
             add(Guard(path, "{0}({module}) is {1}", (plain_class, plain_class(module))))
         elif not hasattr(type(module), name):
             if type(module).__getattr__ is not nn.Module.__getattr__:
-                raise RuntimeError(f"it reads {_join(path, name)}, which {type(module).__name__}.__getattr__ makes up")
+                raise RuntimeError(f"it reads {full_name}, which {type(module).__name__}.__getattr__ makes up")
             add(Guard(path, f"not hasattr({{module}}, {name!r})"))
         elif not reader.startswith("torch.") or not hasattr(nn.Module, name):
             self.scanner.look_up(path, type(module), name)
@@ -250,9 +245,10 @@ class _Tracer(fx.Tracer):
         return value
 
     def is_leaf_module(self, module, path):
-        is_leaf = "_shell_of" not in module.__dict__ or not _is_crossed(module._shell_of[1])
-        self.inlined |= set() if is_leaf else {path}
-        return is_leaf
+        original = module.__dict__.get("_shell_of", ("", module))[1]
+        is_inlined = is_plain_sequential(original) and _is_crossed(original)
+        self.inlined |= {path} if is_inlined else set()
+        return not is_inlined
 
     def proxy(self, node):
         return _Proxy(node, self)
