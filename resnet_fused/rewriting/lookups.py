@@ -161,7 +161,7 @@ class Scanner:
         self._followed.add((function, cls))
         cells, instructions = _cells(function), _instructions(function.__code__)
         found = {f"{name}.cell_contents": cell.cell_contents for name, cell in cells.items()}
-        asks, stored = set(), set()
+        stored = set()
         for i, (opcode, name) in enumerate(instructions):
             if opcode in ("STORE_GLOBAL", "DELETE_GLOBAL") or (opcode == "STORE_DEREF" and name in cells):
                 raise RuntimeError(f"it assigns to {name}")
@@ -172,12 +172,12 @@ class Scanner:
                 if instructions[i - 1][0] in ("LOAD_GLOBAL", "LOAD_DEREF"):
                     raise RuntimeError(f"it assigns to {instructions[i - 1][1]}.{name}")
             if opcode == "MATCH_CLASS":
-                asks.add("isinstance")
+                self.asks.add("isinstance")
             elif opcode == "LOAD_GLOBAL" and name in function.__globals__:
                 found.update([_resolve(name, function.__globals__[name], instructions[i + 1 :])])
             elif opcode == "LOAD_GLOBAL":
-                asks.add(name)
-        for name in sorted(_CANNOT_BE_FOLLOWED & asks):
+                self.asks.add(name)
+        for name in sorted(_CANNOT_BE_FOLLOWED & self.asks):
             raise RuntimeError(f"it calls {name}()")
         for name in stored:
             if any(text.endswith(f".{name}") for text in found):
@@ -192,9 +192,8 @@ class Scanner:
             self.follow(value)
         if found:
             self.add(Guard("", "{0}()", (Reads(function, tuple(found), tuple(found.values())),)))
-        for name in function.__code__.co_names if "super" in asks else ():
+        for name in function.__code__.co_names if ("LOAD_GLOBAL", "super") in instructions else ():
             self.look_up(path, cls, name, every=True)
-        self.asks |= asks
 
 
 def _resolve(name, value, following):

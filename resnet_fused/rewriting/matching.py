@@ -61,6 +61,8 @@ class Tails:
                     self._fuse(node)
             except _NoTail as reason:
                 self.reasons.setdefault(node.target, str(reason))
+        for name in self.fused:
+            self.reasons.pop(name, None)
         for node in [node for node in graph.nodes if node.target is call_tail] if memory_efficient else ():
             self._recompute(node)
 
@@ -94,9 +96,7 @@ class Tails:
             norms = [node and self.graph.get_attr(node.target) for node in (batch_norm, residual_norm)]
             arguments = norms[0], inputs[0], adds_in_place, inputs[1], norms[1], residual_first
             user.replace_all_uses_with(self.graph.call_function(call_tail, arguments))
-        for node in filter(None, (batch_norm, residual_norm)):
-            self.fused.append(node.target)
-            self.reasons.pop(node.target, None)
+        self.fused += [node.target for node in (batch_norm, residual_norm) if node]
         for node in filter(None, (user, add, batch_norm, residual_norm)):
             self._erase(node)
 

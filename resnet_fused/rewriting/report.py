@@ -29,9 +29,8 @@ class Report:
 
     def __str__(self):
         lines = [] if self.fused or self.unfused else ["nothing was changed"]
-        count = sum(len(batch_norms) for _, _, batch_norms in self.fused)
-        titles = f"fused {count} batch norms:", "unfused:", "left:"
-        for title, entries in zip(titles, (self.fused, self.unfused, self.left), strict=True):
+        fused = f"fused {sum(len(swapped.batch_norms) for swapped in self.fused)} batch norms:"
+        for title, entries in ((fused, self.fused), ("unfused:", self.unfused), ("left:", self.left)):
             lines += [title] if entries else []
             for name, class_name, details in entries:
                 details = details if isinstance(details, str) else ", ".join(details)
@@ -124,10 +123,7 @@ def unfuse(model):
 
 @contextlib.contextmanager
 def unfused(model):
-    """A context in which no module of ``model`` has a fused class, for what takes a model apart.
-
-        with unfused(model):
-            torch.onnx.export(model, ...)
+    """A context in which no module of ``model`` has a fused class, for what takes a model apart, as ``torch.onnx`` does.
 
     Afterwards, on errors too, each has its fused class again, unless it was given another one meanwhile.
 

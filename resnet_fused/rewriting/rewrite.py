@@ -1,14 +1,11 @@
-"""The fused class of a module: a subclass of its own, whose forward is written from a graph with fused calls.
-
-Where what the graph takes for granted no longer holds, a hook that was added since, say, it runs the original forward.
-"""
+"""The fused class of a module, whose forward is a graph with fused calls, or the original where a guard fails."""
 
 import abc
 import contextlib
 import linecache
 import warnings
 import weakref
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
@@ -53,9 +50,8 @@ def _told(error):
 
 
 def _check(module):
-    pickling = {"__reduce__": object.__reduce__, "__reduce_ex__": object.__reduce_ex__}
     methods = ("__reduce__", "__reduce_ex__", "__copy__", "__deepcopy__")
-    overridden = [name for name in methods if getattr(type(module), name, None) is not pickling.get(name)]
+    overridden = [name for name in methods if getattr(type(module), name, None) is not getattr(nn.Module, name, None)]
     children = [type(child).__module__ for child in module.children()]
     asking = asks_super_of_its_class(type(module))
     reasons = {
@@ -118,24 +114,21 @@ _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.
 
 _FORWARD = """\
 def forward(self, *args, **kwargs):
-    if len(args) + len(kwargs) == {count}:
-        for argument in (*args, *kwargs.values()):
-            if {refuses}:
-                break
-        else:
-            if holds(self):
-                return rewritten(self, *args, **kwargs)
+    for argument in (*args, *kwargs.values()):
+        if {refuses}:
+            break
+    else:
+        if len(args) + len(kwargs) == {count} and holds(self):
+            return rewritten(self, *args, **kwargs)
     return (otherwise or original_class.forward)(self, *args, **kwargs)
 
 
 def holds(self):
     try:
         {layers}
-        if {conditions}:
-            return True
+        return {conditions}
     except Exception:
-        pass
-    return False
+        return False
 
 """
 
@@ -177,19 +170,15 @@ class Fused(nn.Module):
         if not is_fused(type(self)):
             return super().__reduce_ex__(protocol)
         _, (_, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
-        return _New(type(self)), tuple(arguments), *state
+        return _New(type(self).__new__, type(self)), tuple(arguments), *state
 
 
-class _New(NamedTuple):
+class _New(partial):
     """Makes an instance: for a copy of the class itself, out of a pickle of the original one, which is fused again."""
 
-    fused_class: type
-
-    def __call__(self, *arguments):
-        return self.fused_class.__new__(self.fused_class, *arguments)
-
     def __reduce__(self):
-        return restore, (FORMAT, self.fused_class._original_class, self.fused_class._recomputes)
+        (fused_class,) = self.args
+        return restore, (FORMAT, fused_class._original_class, fused_class._recomputes)
 
 
 def restore(format, original_class, *options):
@@ -206,11 +195,10 @@ def restore(format, original_class, *options):
             del module.__dict__["__setstate__"]
             module.__setstate__(state)
             planned = plan(module, *options)
+            module.__class__ = planned.fused_class or original_class
             if planned.fused_class is None:
-                reasons = "; ".join(f"{name}: {reason}" for name, reason in planned.reasons.items())
+                reasons = "; ".join(map(": ".join, planned.reasons.items()))
                 warnings.warn(f"a {name} was saved fused, and loads unfused: {reasons}", stacklevel=2)
-            else:
-                module.__class__ = planned.fused_class
 
         if format == FORMAT:
             module.__dict__["__setstate__"] = set_state

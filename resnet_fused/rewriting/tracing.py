@@ -3,6 +3,7 @@
 import operator
 import sys
 import threading
+from functools import partialmethod
 
 import torch
 from torch import fx, nn
@@ -40,13 +41,17 @@ def trace(module, training, scanner, argument_class):
     """The graph of the module's forward in one mode, the names of the Sequentials whose steps are in it, and whether
     the forward asks for the class of an argument, which then is ``argument_class``.
 
-    Every other module is one step. The placeholders are the arguments without a default; those with one have it. What
-    the graph takes for granted is added to the scanner's guards. Raises whatever the forward raises, and RuntimeError
-    where the graph is not all that the forward does.
+    The placeholders are the arguments without a default. What the graph takes for granted is added to the scanner's
+    guards. Raises whatever the forward raises, and RuntimeError where the graph is not all that the forward does.
     """
     shells = {}
     shell = _shell(module, training, "", shells)
-    tracer, state = _Tracer(scanner, argument_class), _state(shells)
+    tracer = _Tracer(scanner, argument_class)
+    state = [
+        (shell._shell_of[0], attributes, dict(attributes))
+        for shell in shells.values()
+        for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
+    ]
     scanner.look_up("", type(module), "forward")
 
     def __getattribute__(module, name):
@@ -61,8 +66,9 @@ def trace(module, training, scanner, argument_class):
         del nn.Module.__getattribute__
         tracer.root = None  # no cycle is to hold the module's tensors
     tracer.guard_children()
-    if assigned := [name for name, value in _state(shells).items() if state.get(name, shell) is not value]:
-        raise RuntimeError(f"it assigns to {', '.join(assigned)}")
+    for path, now, before in state:
+        for name in [name for name, value in now.items() if before.get(name, shell) is not value]:
+            raise RuntimeError(f"it assigns to {f'{path}.{name}'.lstrip('.')}")
     return graph, tracer.inlined, tracer.asked
 
 
@@ -80,16 +86,6 @@ def _shell(module, training, path, shells):
     for name, child in module._modules.items():
         shell._modules[name] = _shell(child, training, f"{path}.{name}".lstrip("."), shells)
     return shell
-
-
-def _state(shells):
-    """Every attribute that a forward could assign to."""
-    return {
-        f"{shell._shell_of[0]}.{name}".lstrip("."): value
-        for shell in shells.values()
-        for attributes in (shell.__dict__, shell._parameters, shell._buffers, shell._modules)
-        for name, value in attributes.items()
-    }
 
 
 class _NoTensors(TorchFunctionMode):
@@ -113,6 +109,9 @@ class _Proxy(fx.Proxy):
         self.tracer.ask(self.node)
         return self.tracer.argument_class
 
+    def _change(self, operation, other):
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
     def __setattr__(self, name, value):
         if name not in ("tracer", "node"):
             raise RuntimeError(f"it assigns to {name} of a tensor")
@@ -131,12 +130,8 @@ class _Proxy(fx.Proxy):
         return super().__getattr__(name)
 
 
-def _in_place(operation):
-    return lambda self, other: self.tracer.create_proxy("call_function", operation, (self, other), {})
-
-
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
-    setattr(_Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+    setattr(_Proxy, f"__i{_name}__", partialmethod(_Proxy._change, getattr(operator, f"i{_name}")))
 
 
 class _Tracer(fx.Tracer):
@@ -151,7 +146,7 @@ class _Tracer(fx.Tracer):
         self.asked = False
         self.inlined = set()
         self.children = {}  # those that the forward looks up, by path and name
-        self.thread = threading.get_ident()
+        self.thread = threading.get_ident()  # torch.fx's patches act in every one: others are to notice nothing
         self.records = False  # not what fx reads
 
     def ask(self, node):
@@ -159,15 +154,10 @@ class _Tracer(fx.Tracer):
             raise RuntimeError(f"it asks for the class of {node.name}")
         self.asked = True
 
-    def is_here(self):
-        """torch.fx's patches of nn.Module act in every thread, and what runs in another one is to notice nothing."""
-        return threading.get_ident() == self.thread
-
     def record(self, shell, name, reader):
         own, add = object.__getattribute__(shell, "__dict__"), self.scanner.add
-        if not self.is_here() or not self.records or "_shell_of" not in own or name in _NEVER_GUARDED:
-            return
-        if reader.startswith(("torch.fx", __package__)):
+        is_here = threading.get_ident() == self.thread and self.records and "_shell_of" in own
+        if not is_here or name in _NEVER_GUARDED or reader.startswith(("torch.fx", __package__)):
             return
         path, module = own["_shell_of"]
         full_name = f"{path}.{name}".lstrip(".")
@@ -232,12 +222,12 @@ class _Tracer(fx.Tracer):
         return value.node if type(value) is _Proxy else super().create_arg(value)  # fx would ask for its class
 
     def call_module(self, module, forward, args, kwargs):
-        if not self.is_here():
+        if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         return super().call_module(module, forward, args, kwargs)
 
     def getattr(self, name, value, cache):
-        if not self.is_here():
+        if threading.get_ident() != self.thread:
             return value
         self.records = False
         value = super().getattr(name, value, cache)
