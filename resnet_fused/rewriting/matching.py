@@ -10,7 +10,6 @@ from ..calls import CONVOLUTIONS, call_recomputing, call_tail, convolve, is_plai
 from .tracing import BATCH_NORMS, is_plain_sequential
 
 RETURNED = "its output is returned"
-
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS = {operator.iadd, "add_"}
@@ -61,8 +60,7 @@ class Tails:
                     self._fuse(node)
             except _NoTail as reason:
                 self.reasons.setdefault(node.target, str(reason))
-        for name in self.fused:
-            self.reasons.pop(name, None)
+        self.reasons = {name: reason for name, reason in self.reasons.items() if name not in self.fused}
         for node in [node for node in graph.nodes if node.target is call_tail] if memory_efficient else ():
             self._recompute(node)
 
@@ -124,8 +122,7 @@ class Tails:
 
     def _call_in_place_of(self, node, function):
         with self.graph.inserting_before(node):
-            arguments = self.graph.get_attr(node.target), *node.all_input_nodes
-            call = self.graph.call_function(function, arguments)
+            call = self.graph.call_function(function, (self.graph.get_attr(node.target), *node.all_input_nodes))
         node.replace_all_uses_with(call)
         self.graph.erase_node(node)
         return call

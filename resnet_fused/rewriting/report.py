@@ -12,7 +12,6 @@ from .rewrite import Plan, is_fused, plan
 
 _FORWARD_OF_RESIDUAL = Residual.forward
 
-
 # A module whose class was swapped: its name, its original class, and the batch norms that it runs fused.
 Swapped = namedtuple("Swapped", ("name", "class_name", "batch_norms"), defaults=[()])
 # A module with batch norms that were left alone, and why.
@@ -50,18 +49,16 @@ def fuse(model, filter_fn=None, *, memory_efficient=False):
     ReLU may be modules, functions, methods or in place, the batch norm inside an ``nn.Sequential`` without hooks. The
     bias of a convolution before it is left to the batch norm, which cancels it in training: zero gradient.
 
-    Every call compares what the trace looked up: attributes, methods, globals, closures, layers' classes and hooks.
-    Where one has changed, and where an argument is given that has a default, the original forward runs. Refused is what
-    looks up what cannot be compared (a list, a dict), asks for a mode of torch, or draws random numbers. What a forward
-    prints, or asks of the time or the file system, was done when it was traced.
+    Every call compares what the trace looked up (attributes, methods, globals, closures, layers' classes and hooks).
+    Where one has changed, or an argument is given that has a default, the original forward runs. A forward is refused
+    that looks up what cannot be compared (a list, a dict), asks for a mode of torch, or draws random numbers.
 
     Args:
         model: any nn.Module. Lazy layers need a first batch before. Fuse before ``torch.compile``; inside
             ``with unfused(model):`` other tracers find the plain model: ``torch.onnx``, TorchScript, quantisation.
         filter_fn: ``filter_fn(module, name) -> bool``, asked about each module that could be swapped; False leaves it.
         memory_efficient: keep no output of ``relu(batch_norm(x))`` for backward that a convolution or max pooling of
-            the same forward consumes, and nothing else: its backward recomputes it from x, to the bit, by one pass over
-            memory. torch.compile decides by itself what it keeps. Modules that are fused already stay as they are.
+            the same forward consumes, and nothing else: its backward recomputes it from x, to the bit.
 
     Returns:
         Report: ``fused``, the modules that were swapped, with the batch norms that they fuse, and ``left``, the modules
@@ -91,9 +88,8 @@ def fuse(model, filter_fn=None, *, memory_efficient=False):
     for names, reason, layer_name in (told for layer, told in reasons.items() if layer not in fused):
         left.setdefault(names, {}).setdefault(reason, []).append(layer_name)
     for names, told in left.items():
-        report.left.append(
-            Left(*names, "; ".join(f"{', '.join(layers) or 'it'}: {reason}" for reason, layers in told.items()))
-        )
+        told = [f"{', '.join(layers) or 'it'}: {reason}" for reason, layers in told.items()]
+        report.left.append(Left(*names, "; ".join(told)))
     for module, fused_class in swaps:  # only now, when nothing can fail any more
         if type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL:
             fused_class = MemoryEfficientFusedResidual if memory_efficient else FusedResidual
@@ -123,7 +119,7 @@ def unfuse(model):
 
 @contextlib.contextmanager
 def unfused(model):
-    """A context in which no module of ``model`` has a fused class, for what takes a model apart, as ``torch.onnx`` does.
+    """A context in which no module of ``model`` has a fused class, for what takes it apart, as ``torch.onnx`` does.
 
     Afterwards, on errors too, each has its fused class again, unless it was given another one meanwhile.
 

@@ -111,7 +111,6 @@ def _rewrite(module, memory_efficient, argument_class):
 # Of torch's layers those that a tail replaces, whose classes somebody may have patched before fuse.
 _FORWARDS = {cls: cls.forward for cls in (*BATCH_NORMS, *calls.CONVOLUTIONS, nn.ReLU, nn.Identity, nn.Sequential)}
 
-
 _FORWARD = """\
 def forward(self, *args, **kwargs):
     for argument in (*args, *kwargs.values()):

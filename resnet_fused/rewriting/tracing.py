@@ -31,12 +31,6 @@ def _layers(module):
     return [] if isinstance(module, nn.Identity) else [module]
 
 
-def _is_crossed(sequential):
-    """Whether the first or the last steps of a tail may be in it, and the other ones outside."""
-    layers = _layers(sequential)
-    return not layers or isinstance(layers[0], nn.ReLU) or isinstance(layers[-1], BATCH_NORMS)
-
-
 def trace(module, training, scanner, argument_class):
     """The graph of the module's forward in one mode, the names of the Sequentials whose steps are in it, and whether
     the forward asks for the class of an argument, which then is ``argument_class``.
@@ -65,7 +59,12 @@ def trace(module, training, scanner, argument_class):
     finally:
         del nn.Module.__getattribute__
         tracer.root = None  # no cycle is to hold the module's tensors
-    tracer.guard_children()
+    for (path, name), child in tracer.children.items():
+        found = f"{{module}}._modules[{name!r}]"
+        is_falsy = f"{found} is {'None' if child is None else f'not None and not {found}'}"
+        scanner.add(Guard(path, found if child else is_falsy))
+        if scanner.asks & {"isinstance", "issubclass"}:
+            scanner.add(Guard(path, f"{{0}}({found}) is {{1}}", (plain_class, plain_class(child))))
     for path, now, before in state:
         for name in [name for name, value in now.items() if before.get(name, shell) is not value]:
             raise RuntimeError(f"it assigns to {f'{path}.{name}'.lstrip('.')}")
@@ -188,15 +187,6 @@ class _Tracer(fx.Tracer):
         elif not reader.startswith("torch.") or not hasattr(nn.Module, name):
             self.scanner.look_up(path, type(module), name)
 
-    def guard_children(self):
-        """Their classes where the forward asks for one, else whether they are there, and true."""
-        for (path, name), child in self.children.items():
-            found = f"{{module}}._modules[{name!r}]"
-            is_falsy = f"{found} is {'None' if child is None else f'not None and not {found}'}"
-            self.scanner.add(Guard(path, found if child else is_falsy))
-            if self.scanner.asks & {"isinstance", "issubclass"}:
-                self.scanner.add(Guard(path, f"{{0}}({found}) is {{1}}", (plain_class, plain_class(child))))
-
     def create_args_for_root(self, *args, **kwargs):
         self._modes = _modes()
         prepared = super().create_args_for_root(*args, **kwargs)
@@ -236,9 +226,13 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module, path):
         original = module.__dict__.get("_shell_of", ("", module))[1]
-        is_inlined = is_plain_sequential(original) and _is_crossed(original)
-        self.inlined |= {path} if is_inlined else set()
-        return not is_inlined
+        if not is_plain_sequential(original):
+            return True
+        layers = _layers(original)  # those at its ends tell whether a tail may be in it with some of its steps
+        if layers and not isinstance(layers[0], nn.ReLU) and not isinstance(layers[-1], BATCH_NORMS):
+            return True
+        self.inlined.add(path)
+        return False
 
     def proxy(self, node):
         return _Proxy(node, self)
