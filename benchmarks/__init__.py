@@ -1,12 +1,12 @@
 """Benchmarks, a file per question, each ``python -m benchmarks.NAME``; ``harness`` is what they share,
 ``saved`` counts what autograd saves.
 
-tail        the fused operator against PyTorch's three, at the shapes of ResNet-18 or over a sweep of sizes
+tail        the fused operator against PyTorch's three, at the shapes of ResNet-18, random ones or a sweep of sizes
 overhead    host time per call, where there is next to nothing to compute
 block       Residual against FusedResidual, per stage of ResNet-18
 resnet18    the whole network: a training step and inference
 models      models of torchvision and timm: a training step, inference, and the bytes saved for backward
-shares      where the plain network's training step spends its time
+shares      where a network's training step spends its time, plain and fused
 memory      peak resident memory of training steps, plain and fused
 train       the whole network really trained on handwritten digits, plain and fused side by side
 """

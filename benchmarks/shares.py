@@ -1,56 +1,118 @@
-"""Where a training step of plain ResNet-18 spends its time on a CPU: what fusing the tails could save at most.
+"""Where the training step of a network spends its time on a CPU, plain and fused.
 
-A tail is batch norm, ReLU and the addition of the residual, and the gradients of these.
+A tail is batch norm, ReLU and the addition of the residual, and the gradients of these; accumulation is autograd's sum
+of the gradients of a tensor that has two users. What the tails take together, with the caches as the convolutions leave
+them, is what fusing them can save, and what it did save: the figure to quote.
 """
 
 import itertools
+import resource
+import statistics
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-
-from resnet_fused import Residual
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
 
 from . import harness
-from .resnet18 import Network, resnet18_of
+from .models import models_of, shape_of
+from .resnet18 import Network
 
-STEPS = 5
 GROUPS = {  # by what the operators' names hold
     "convolutions": ("conv",),
-    "tails": ("batch_norm", "relu", "clamp_min", "threshold_backward", "aten::add_"),
+    "tails": ("batch_norm", "relu", "clamp_min", "threshold_backward", "aten::add"),
+    "pooling": ("pool",),
 }
+ACCUMULATION = "accumulation"
+SLOWEST = 4  # rows by operator and shape
 
 
-def group_of(operator):
-    return next((group for group, parts in GROUPS.items() if any(part in operator for part in parts)), "the rest")
+def group_of(event):
+    if event.name.startswith("aten::add") and any(parent.name == "backward" for parent in _parents(event)):
+        return ACCUMULATION
+    return next((group for group, parts in GROUPS.items() if any(part in event.name for part in parts)), "the rest")
 
 
-def milliseconds(args, dtype, memory_format):
-    """Of one step, by group: the operators' own time."""
-    network = Network(resnet18_of(Residual), args.device, dtype, memory_format)
-    batch = torch.randn(args.batch_size, 1, args.image_size, args.image_size), torch.randint(10, (args.batch_size,))
-    network.train_step(*batch)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(STEPS):
-            network.train_step(*batch)
-    result = dict.fromkeys([*GROUPS, "the rest"], 0.0)
-    for event in profiler.key_averages():
-        result[group_of(event.key)] += event.self_cpu_time_total / 1e3 / STEPS
-    return result
+def _parents(event):
+    while event := event.cpu_parent:
+        yield event
+
+
+def profiled_step(network, images, labels):
+    """Milliseconds of one step's forward and backward by group, and of its tails by operator and shape; page faults."""
+    network.optimizer.zero_grad()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        loss = network.loss(images, labels)
+        with record_function("backward"):
+            loss.backward()
+    network.optimizer.step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    groups, tails = dict.fromkeys([*GROUPS, ACCUMULATION, "the rest"], 0.0), {}
+    for event in profiler.events():
+        group, time = group_of(event), event.self_cpu_time_total / 1e3
+        groups[group] += time
+        if group == "tails":
+            key = f"{event.name} {'x'.join(map(str, event.input_shapes[0] if event.input_shapes else ()))}"
+            tails[key] = tails.get(key, 0.0) + time
+    return groups, tails, faults
+
+
+def shares(args, name, dtype, memory_format):
+    """A row for each provider: medians of steps that take turns."""
+    images = torch.randn(shape_of(args), dtype=harness.parameter_dtype(dtype))
+    labels = torch.randint(10, images.shape[:1])
+    models = models_of(name, args.providers)
+    networks = {provider: Network(make, args.device, dtype, memory_format) for provider, make in models.items()}
+    steps = {provider: [] for provider in networks}
+    for turn in range(args.rounds + 1):
+        for provider, network in networks.items():
+            step = profiled_step(network, images, labels)
+            steps[provider] += [step] if turn else []  # the first is for what is done once
+
+    def median(of_step):
+        return statistics.median(map(of_step, of_provider))
+
+    rows = []
+    for provider, of_provider in steps.items():
+        groups, tails, _ = of_provider[0]
+        rows.append(
+            {
+                "model": name,
+                "dtype": dtype,
+                "memory_format": memory_format,
+                "provider": provider,
+                "threads": torch.get_num_threads(),
+                "milliseconds": {group: median(lambda step, group=group: step[0][group]) for group in groups},
+                "tails": {key: median(lambda step, key=key: step[1].get(key, 0.0)) for key in tails},
+                "page_faults": median(lambda step: step[2]),
+            }
+        )
+        rows[-1]["tails_ratio_to_eager"] = rows[0]["milliseconds"]["tails"] / rows[-1]["milliseconds"]["tails"]
+    return rows
+
+
+def print_row(row):
+    total = sum(row["milliseconds"].values())
+    groups = ", ".join(f"{group} {time:.1f} ms ({time / total:.0%})" for group, time in row["milliseconds"].items())
+    case = ", ".join(row[key] for key in ("model", "dtype", "memory_format", "provider"))
+    print(f"{case}: {groups}; tails {row['tails_ratio_to_eager']:.2f}x eager; {row['page_faults']:.0f} page faults")
+    for key, time in sorted(row["tails"].items(), key=lambda item: -item[1])[:SLOWEST]:
+        print(f"    {time:7.2f} ms {key}")
 
 
 def main(argv=None):
-    parser = harness.make_parser("shares", __doc__, 32, plots=False)
+    parser = harness.make_parser("shares", __doc__, 32, ("fused", "fused, memory_efficient"), ("fused",), plots=False)
     harness.add_image_size(parser)
+    parser.add_argument("--models", type=lambda names: names.split(","), default="resnet18,resnet50")
     parser.set_defaults(device=torch.device("cpu"))
     args = parser.parse_args(argv)
     steps = []
     with harness.session(args) as machine:
-        for dtype, memory_format in itertools.product(args.dtype, args.memory_format):
-            of_group = milliseconds(args, dtype, memory_format)
-            steps.append({"dtype": dtype, "memory_format": memory_format, "milliseconds": of_group})
-            total = sum(of_group.values())
-            shares = ", ".join(f"{group} {time:.1f} ms ({time / total:.0%})" for group, time in of_group.items())
-            print(f"{dtype}, {memory_format}: {shares}")
+        for case in tqdm(list(itertools.product(args.models, args.dtype, args.memory_format)), disable=None):
+            rows = shares(args, *case)
+            for row in rows:
+                print_row(row)
+            steps += rows
     harness.write_json(args, machine, [], steps=steps)
 
 

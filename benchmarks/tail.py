@@ -1,5 +1,8 @@
 """The tail of a residual block, relu(batch_norm(x) + residual), in training: forward, backward and both.
 
+In a loop over one call its tensors stay in the caches; with --cold, and on a GPU, many sets of tensors take turns, and
+come from memory as in a network. --random adds relu(batch_norm(x)), and shapes that nobody has tuned for.
+
 Providers: eager's three operators in the reference block's in-place form; torch.compile of them (with --providers, as
 it compiles for minutes); the fused operator; and the time to copy x once, the unit in which the limit is known. On a
 GPU also eager's without cuDNN, and eager's and the fused one replayed as a CUDA graph.
@@ -9,13 +12,15 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
+import random
 import statistics
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from resnet_fused.functional import batch_norm_add_relu
+from resnet_fused.functional import batch_norm_add_relu, batch_norm_relu
 
 from . import harness
 
@@ -25,18 +30,25 @@ SWEEP = [2**k for k in range(10, 31, 2)]  # bytes per tensor, 1 KiB to 1 GiB
 
 # The least a training step can move, in copies of x (a copy reads and writes: 2 passes). Forward: x and residual read,
 # y written. Backward: grad_output, x and y read, both gradients written.
-LIMIT_IN_COPIES = {"forward": 3 / 2, "backward": 5 / 2, "forward+backward": 8 / 2}
+LIMIT_IN_COPIES = {
+    "batch_norm_add_relu": {"forward": 3 / 2, "backward": 5 / 2, "forward+backward": 8 / 2},
+    "batch_norm_relu": {"forward": 2 / 2, "backward": 3 / 2, "forward+backward": 5 / 2},
+}
 
-ROTATING_BYTES = 2**28  # on a GPU, of tensors that take turns: more than its L2 cache, which would serve them otherwise
+ROTATING_BYTES = 2**28  # of tensors that take turns, at least: more than a GPU's L2 cache, which would serve them
+MOST_SETS = {"cuda": 16, "cpu": 128}
 
 
 def eager(input, residual, running_mean, running_var, weight, bias):
     """The reference block's form."""
-    return F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training=True).add_(residual))
+    normalized = F.batch_norm(input, running_mean, running_var, weight, bias, training=True)
+    return F.relu(normalized if residual is None else normalized.add_(residual))
 
 
-def fused(*tensors):
-    return batch_norm_add_relu(*tensors, training=True)
+def fused(input, residual, *tensors):
+    if residual is None:
+        return batch_norm_relu(input, *tensors, training=True)
+    return batch_norm_add_relu(input, residual, *tensors, training=True)
 
 
 def _taking_turns(calls):
@@ -68,26 +80,34 @@ def _without_cudnn(function):
     return call
 
 
-def setup(device, shape, dtype, memory_format, phase):
+def rotating_bytes():
+    """More than the caches hold."""
+    names = [name for name in os.sysconf_names if name.endswith("CACHE_SIZE")]
+    return max(ROTATING_BYTES, 4 * max(map(os.sysconf, names), default=0))
+
+
+def setup(device, shape, dtype, memory_format, phase, case="batch_norm_add_relu", cold=False):
     """The providers at one shape; roughly half of the outputs are clipped."""
     size = math.prod(shape) * harness.DTYPES[dtype].itemsize
-    sets = min(16, max(1, ROTATING_BYTES // (6 * size))) if device.type == "cuda" else 1
-    one_each = zip(*(_providers(device, shape, dtype, memory_format, phase) for _ in range(sets)), strict=True)
+    sets = min(MOST_SETS[device.type], -(-rotating_bytes() // (6 * size))) if cold or device.type == "cuda" else 1
+    arguments = device, shape, dtype, memory_format, phase, case == "batch_norm_add_relu"
+    one_each = zip(*(_providers(*arguments) for _ in range(sets)), strict=True)
     return [dataclasses.replace(same[0], call=_taking_turns([p.call for p in same])) for same in one_each]
 
 
-def _providers(device, shape, dtype, memory_format, phase):
+def _providers(device, shape, dtype, memory_format, phase, has_residual):
     """With tensors of their own."""
 
     def randn():
         tensor = torch.randn(shape, dtype=harness.DTYPES[dtype], device=device)
         return tensor.to(memory_format=harness.MEMORY_FORMATS[memory_format])
 
-    input, residual, grad_output = randn().requires_grad_(), randn().requires_grad_(), randn()
+    input, grad_output = randn().requires_grad_(), randn()
+    residual = randn().requires_grad_() if has_residual else None
     vector = {"dtype": harness.parameter_dtype(dtype), "device": device}
     weight = torch.rand(shape[1], **vector).requires_grad_()
     bias = torch.randn(shape[1], **vector).requires_grad_()
-    needs_grad = (input, residual, weight, bias)
+    needs_grad = tuple(tensor for tensor in (input, residual, weight, bias) if tensor is not None)
 
     def provider(name, tail, backend, graph=False):
         running = torch.zeros(shape[1], **vector), torch.ones(shape[1], **vector)
@@ -123,8 +143,21 @@ def shape_of_size(size, itemsize):
     return (pixels // side**2, 64, side, side)
 
 
+def random_shapes(count):
+    """Of batches, channels and images of a network's, seeded: from 2x24x33x47 to 16x512x28x28."""
+    draw = random.Random(0)
+    sides = [(draw.randint(7, 64), draw.randint(7, 64)) for _ in range(count)]
+    return [
+        (draw.randint(2, 16), 8 * draw.randint(3, 64 if height * width <= 28 * 28 else 16), height, width)
+        for height, width in sides
+    ]
+
+
 def cases(args):
-    if args.sizes is None:
+    names = ["batch_norm_add_relu"]
+    if args.random:
+        shapes, phases, names = random_shapes(args.random), PHASES[-1:], ["batch_norm_add_relu", "batch_norm_relu"]
+    elif args.sizes is None:
         shapes = [(args.batch_size, channels, side, side) for channels, side in STAGES]
         phases = PHASES
     else:
@@ -136,9 +169,9 @@ def cases(args):
     for dtype in args.dtype:
         if args.sizes is not None:
             shapes = [shape_of_size(size, harness.DTYPES[dtype].itemsize) for size in sizes]
-        for memory_format, shape, phase in itertools.product(args.memory_format, shapes, phases):
-            make = functools.partial(setup, args.device, shape, dtype, memory_format, phase)
-            result.append(harness.Case("batch_norm_add_relu", shape, dtype, phase, make))
+        for name, memory_format, shape, phase in itertools.product(names, args.memory_format, shapes, phases):
+            make = functools.partial(setup, args.device, shape, dtype, memory_format, phase, name, args.cold)
+            result.append(harness.Case(name, shape, dtype, phase, make))
     return result
 
 
@@ -146,32 +179,36 @@ def further_columns(rows):
     """Least time, by what a copy took in the same case, over the time taken; and the bytes of the least over it."""
 
     def key(row):
-        return row["shape"], row["dtype"], row["memory_format"], row["phase"], row["threads"]
+        return tuple(map(str, (row[name] for name in ("case", "shape", "dtype", "memory_format", "phase", "threads"))))
 
     copies = [(key(row), row["median_ms"]) for row in rows if row["provider"] == "copy"]
 
     def share(row):
-        limit = [LIMIT_IN_COPIES[row["phase"]] * copy_ms for of, copy_ms in copies if of == key(row)]
+        limit = [LIMIT_IN_COPIES[row["case"]][row["phase"]] * copy_ms for of, copy_ms in copies if of == key(row)]
         return f"{limit[0] / row['median_ms']:.0%}" if limit and row["provider"] != "copy" else ""
 
     def gigabytes_per_second(row):
         size = math.prod(row["shape"]) * harness.DTYPES[row["dtype"]].itemsize
-        copies = 1 if row["provider"] == "copy" else LIMIT_IN_COPIES[row["phase"]]
+        copies = 1 if row["provider"] == "copy" else LIMIT_IN_COPIES[row["case"]][row["phase"]]
         return f"{2 * copies * size / row['median_ms'] / 1e6:.0f}"
 
     return {"of the limit": share, "GB/s": gigabytes_per_second}
 
 
 def print_means(rows):
-    """The figure to quote: geometric means of the speed of a whole training step, over shapes and layouts."""
+    """The figures to quote: geometric means of the speed of a whole training step, over shapes, of each layout and of
+    all, and the slowest."""
     ratios = {}
     for row in rows:
         if row["phase"] == "forward+backward" and row["provider"] not in ("eager", "copy"):
-            key = row["provider"], row["dtype"], f"{row['threads']} threads"
-            ratios.setdefault(key, []).append(row["ratio_to_eager"])
+            for layout in (row["memory_format"], "both layouts"):
+                key = row["provider"], row["dtype"], layout, f"{row['threads']} threads"
+                ratios.setdefault(key, []).append(row["ratio_to_eager"])
     for key, values in ratios.items():
-        mean = statistics.geometric_mean(values)
-        print(f"{', '.join(key)}, forward+backward: {mean:.2f}x eager, geometric mean of {len(values)} cases")
+        mean, slowest = statistics.geometric_mean(values), min(values)
+        print(
+            f"{', '.join(key)}: {mean:.2f}x eager, geometric mean of {len(values)} training steps; {slowest:.2f} least"
+        )
 
 
 def plot_ratios(args, machine, rows):
@@ -205,11 +242,13 @@ def main(argv=None):
         metavar="BYTES",
         help="forward+backward over these sizes of a tensor instead; 1 KiB to 1 GiB where none are named",
     )
+    parser.add_argument("--cold", action="store_true", help="rotate over more tensors than the caches hold")
+    parser.add_argument("--random", type=int, metavar="N", help="forward+backward of both operators at N random shapes")
     parser.set_defaults(dtype=["float32", "bfloat16"], threads=sorted({1, torch.get_num_threads()}))
     args = parser.parse_args(argv)
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))
-    plot = plot_ratios if args.sizes is None else plot_sizes
+    plot = plot_ratios if args.sizes is None or args.random else plot_sizes
     harness.report(args, machine, rows, plot, further_columns(rows))
     print_means(rows)
 
