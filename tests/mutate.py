@@ -249,7 +249,7 @@ FAULTS = [
     Fault("modes of torch asked for", LOOKUPS, "if of_torch and _IS_ABOUT_A_MODE", "if False and _IS_ABOUT_A_MODE", "guards"),
     Fault("type() answered while tracing", LOOKUPS, "sorted(_CANNOT_BE_FOLLOWED & self.asks)", "()", "guards"),
     Fault("globals assigned to", LOOKUPS, 'if opcode in ("STORE_GLOBAL", "DELETE_GLOBAL") or', "if", "guards"),
-    Fault("matched classes ignored", LOOKUPS, 'asks.add("isinstance")', "pass", "guards"),
+    Fault("matched classes ignored", LOOKUPS, 'self.asks.add("isinstance")', "pass", "guards"),
     Fault("1 taken for True", LOOKUPS, "if value is other or type(value) is not type(other):", "if value is other:", "guards"),
     Fault("equal values taken for changed", LOOKUPS, "return isinstance(value, _COMPARED) and value == other", "return False", "guards"),
     Fault("statistics shared with what runs between", MATCHING, "if mine & set().union(*others):", "if False:", "guards"),

@@ -42,6 +42,7 @@ class Base(nn.Module):
     """Layers, and much that a forward may look up."""
 
     flag = False
+    one = 1
     factor = 3
     kind = KINDS.PLAIN
     act = nn.ReLU
@@ -228,6 +229,7 @@ CHANGES = {  # the forward (or class), and what changes after fuse
     "flag on the instance": (lambda self, X: body(self, X) * (2 if self.flag else 1), on_instance(flag=True)),
     "flag on the class": (lambda self, X: body(self, X) * (2 if self.flag else 1), on_class(flag=True)),
     "1 in place of True": (lambda self, X: body(self, X) * (2 if self.flag is False else 1), on_class(flag=0)),
+    "True in place of 1": (lambda self, X: body(self, X) * (2 if isinstance(self.one, bool) else 1), on_class(one=True)),
     "number": (lambda self, X: body(self, X) * self.factor, on_class(factor=4)),
     "enum": (lambda self, X: body(self, X) * (2 if self.kind is KINDS.PLAIN else 1), on_class(kind=KINDS.NEGATED)),
     "class of a class": (lambda self, X: body(self, X) * (1 if self.act is nn.ReLU else 2), on_class(act=nn.Tanh)),

@@ -210,6 +210,15 @@ def test_a_stem_is_fused_through_sequentials_and_identities(stem, inplace, calls
     assert calls == ["batch_norm_relu"] * 2
 
 
+def test_an_identity_with_hooks_is_called_and_hinders_nothing_before_it():
+    model = prepared(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Identity()))
+    called = []
+    model[3].register_forward_hook(lambda *args: called.append("3"))
+    assert fuse(model).fused == [("", "Sequential", ("1",))]
+    model(make_input())
+    assert called == ["3"]
+
+
 def test_a_sequential_that_nothing_crosses_stays_a_step_of_its_own():
     model = prepared(nn.Sequential(nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()), nn.ReLU()))
     assert fuse(model).fused == [("0", "Sequential", ("1",))]
