@@ -1,13 +1,11 @@
-"""Host time per call at 8 elements, forward and backward: the operator against eager's three, block against block.
+"""Host time per call at 8 elements: the operator against eager's three, block against block, and a BasicBlock of
+torchvision's after fuse against the plain one."""
 
-And the guards alone that torchvision's BasicBlock looks at after fuse, against the plain block's forward.
-"""
-
+import copy
 import functools
 import itertools
 
 import torch
-from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from resnet_fused import fuse
@@ -15,16 +13,27 @@ from resnet_fused import fuse
 from . import block, harness, tail
 
 
-def _setup_guards(device, shape, downsamples, memory_format):
-    downsample = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2)) if downsamples else None
-    plain, fused = (BasicBlock(2, 2, downsample=downsample).to(device).eval() for _ in range(2))
-    fuse(fused)
-    forward = torch.no_grad()(functools.partial(plain, torch.randn(shape, device=device)))
-    guards = functools.partial(type(fused)._holds, fused)
-    return [
-        harness.Provider("eager", forward, memory_format, "eager"),
-        harness.Provider("fused", guards, memory_format, harness.fused_backend(device)),
-    ]
+def _setup_fuse(device, shape, memory_format, phase):
+    plain = BasicBlock(shape[1], shape[1]).to(device)
+    x = torch.randn(shape, device=device).contiguous(memory_format=harness.MEMORY_FORMATS[memory_format])
+    fused = copy.deepcopy(plain)
+    fuse(fused, example_inputs=x)
+    providers = []
+    for name, model in (("eager", plain), ("fused", fused)):
+        model.train(phase == "train_step")
+        run = (
+            functools.partial(_train_step, model, x)
+            if phase == "train_step"
+            else torch.no_grad()(functools.partial(model, x))
+        )
+        kind = "eager" if name == "eager" else harness.fused_backend(device)
+        providers.append(harness.Provider(name, run, memory_format, kind))
+    return providers
+
+
+def _train_step(model, x):
+    output = model(x)
+    output.backward(output.detach())
 
 
 def cases(args):
@@ -35,9 +44,9 @@ def cases(args):
         of_block = functools.partial(block.setup, args.device, shape, 2, 1, dtype, memory_format, "train_step")
         result.append(harness.Case("batch_norm_add_relu", shape, dtype, "host_overhead", of_tail))
         result.append(harness.Case("block", shape, dtype, "host_overhead", of_block))
-    for name, downsamples in (("guards", False), ("guards, downsampling", True)):
-        make = functools.partial(_setup_guards, args.device, shape, downsamples, args.memory_format[0])
-        result.append(harness.Case(name, shape, "float32", "host_overhead", make))
+    for memory_format, phase in itertools.product(args.memory_format, ("train_step", "inference")):
+        make = functools.partial(_setup_fuse, args.device, shape, memory_format, phase)
+        result.append(harness.Case(f"BasicBlock, {phase}", shape, "float32", "host_overhead", make))
     return result
 
 

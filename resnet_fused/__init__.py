@@ -3,8 +3,8 @@
 from . import functional
 from .backend import available_backends, use_backend
 from .blocks import FusedResidual, Residual
+from .fusing import fuse, unfuse, unfused
 from .resnet import resnet18
-from .rewriting import fuse, unfuse, unfused
 
 __version__ = "0.1.0"
 

@@ -6,49 +6,64 @@ formula: a raw op called there would give wrong second gradients with no more th
 """
 
 import torch
-from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import Function
-from torch.compiler import is_compiling
 
 from .checks import check_arguments, check_batch_norms, check_device
-from .ops import saved_for_mask, unpack_mask
-
-_transforms_are_active = torch._C._are_functorch_transforms_active
+from .ops import memory_format_of, saved_for_mask, unpack_mask
 
 
 class _Forward(Function):
-    """A Function with ``setup_context``, which torch.func needs, and a twin without, which costs less host time."""
+    """The last argument of :meth:`apply` are the ops, of which ``op`` names the one that runs."""
 
-    def __init_subclass__(cls):
-        def forward(ctx, *args):
-            outputs = cls.forward(*args)
-            cls.setup_context(ctx, args, outputs)
-            return outputs[0]
-
-        # PyTorch inspects the signature of a forward that has a setup_context on every call, 70 us of 120, and wraps
-        # the statistics, which setup_context must find among the outputs: 5 us.
-        members = {"forward": staticmethod(forward), "backward": staticmethod(cls.backward)}
-        cls._with_ctx = type(cls.__name__, (Function,), members)
+    @classmethod
+    def _run(cls, *args):
+        # Without gradients apply would take 3 of 12 us.
+        return cls.apply(*args) if torch.is_grad_enabled() else getattr(args[-1], cls.op)(*args[:-1])[0]
 
     @classmethod
     def call(cls, *args):
-        """The output, without the statistics that the op returns beside it."""
-        if is_compiling() or _transforms_are_active():
-            cls.check(*args)
-            # Where nothing needs a gradient dynamo would hand the context to forward, whose parameters it counts.
-            needed = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-            function = cls.forward if is_compiling() and not needed else cls.apply
-            return function(*args)[0]
+        """The output, without what the op returns beside it."""
         try:
-            return cls._with_ctx.apply(*args)
+            return cls._run(*args)
         except RuntimeError:  # the op has refused its arguments: checking them here first would cost 8 us a call
             cls.check(*args)
             raise
 
     @classmethod
+    def attempt(cls, *args):
+        """Likewise; None where the op refuses its arguments, which it does before it touches anything."""
+        try:
+            return cls._run(*args)
+        except RuntimeError:
+            try:
+                cls.check(*args)
+            except (TypeError, ValueError):
+                return None
+            raise
+
+    @classmethod
     def has_made(cls, output):
-        """Whether autograd recorded that the output comes from :meth:`call`, outside torch.compile and torch.func."""
-        return isinstance(getattr(output, "grad_fn", None), cls._with_ctx._backward_cls)
+        """Whether autograd recorded that the output comes from :meth:`call` or :meth:`attempt`."""
+        return isinstance(getattr(output, "grad_fn", None), cls._backward_cls)
+
+
+def _save(ctx, *tensors):
+    """For backward; and, where hooks may return them in other strides or types or on another device, how they are."""
+    ctx.save_for_backward(*tensors)
+    ctx.saved_as = None
+    if _top_saved_tensors_default_hooks(False) is not None:
+        ctx.saved_as = [None if t is None else (t.device, t.dtype, memory_format_of(t)) for t in tensors]
+
+
+def _saved(ctx):
+    tensors = ctx.saved_tensors
+    if ctx.saved_as is None:
+        return tensors
+    return tuple(
+        tensor if tensor is None else tensor.to(*as_it_was[:2]).contiguous(memory_format=as_it_was[2])
+        for tensor, as_it_was in zip(tensors, ctx.saved_as, strict=True)
+    )
 
 
 def _view_per_channel(tensor, input):
@@ -122,26 +137,24 @@ class BatchNormAddReLU(_Forward):
         check_arguments(input, *arguments[:-1])
         check_device("residual", residual, input)
 
-    @staticmethod
-    def forward(*args):
-        return args[-1].batch_norm_add_relu(*args[:-1])
+    op = "batch_norm_add_relu"
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        input, _, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
-        output, statistics, mask = outputs
-        ctx.mark_non_differentiable(statistics, mask)
+    def forward(ctx, *args):
+        input, _, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = args
+        output, statistics, mask = ctx.ops.batch_norm_add_relu(*args[:-1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, saved_for_mask(output, mask), weight, bias, input_bias, statistics)
+        _save(ctx, input, saved_for_mask(output, mask), weight, bias, input_bias, statistics)
+        return output
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, grad_output):
         if grad_output is None:
             return (None,) * 12
         function = BatchNormAddReLUBackward
         call = function.apply if torch.is_grad_enabled() else function.forward
         needed = ctx.needs_input_grad[:5]
-        return *call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
+        return *call(grad_output, *_saved(ctx), ctx.training, *needed, ctx.eps, ctx.ops), *(None,) * 7
 
 
 class BatchNormAddReLUBackward(Function):
@@ -184,31 +197,29 @@ class BatchNormReLU(_Forward):
     def check(*arguments):
         check_arguments(*arguments[:-1])
 
-    @staticmethod
-    def forward(*args):
-        return args[-1].batch_norm_relu(*args[:-1])
+    op = "batch_norm_relu"
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        input, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = inputs
-        _, statistics = outputs
-        ctx.mark_non_differentiable(statistics)
+    def forward(ctx, *args):
+        input, weight, bias, input_bias, _, _, _, ctx.training, _, ctx.eps, ctx.ops = args
+        output, statistics = ctx.ops.batch_norm_relu(*args[:-1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight, bias, input_bias, statistics)
+        _save(ctx, input, weight, bias, input_bias, statistics)
         ctx.unpacked = None
+        return output
 
     @staticmethod
     def recompute(ctx):
         """The output, bit by bit, from what was saved, which backward takes from here."""
         # Unpacked once for both: checkpointing refuses a second time, and an offload would copy again.
-        ctx.unpacked = input, weight, bias, _, statistics = ctx.saved_tensors
+        ctx.unpacked = input, weight, bias, _, statistics = _saved(ctx)
         return ctx.ops.batch_norm_relu_recompute(input, weight, bias, statistics)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, grad_output):
         if grad_output is None:
             return (None,) * 11
-        saved, ctx.unpacked = ctx.unpacked or ctx.saved_tensors, None
+        saved, ctx.unpacked = ctx.unpacked or _saved(ctx), None
         function = BatchNormReLUBackward
         call = function.apply if torch.is_grad_enabled() else function.forward
         needed = ctx.needs_input_grad[:4]
@@ -252,28 +263,25 @@ class BatchNormAddBatchNormReLU(_Forward):
     def check(*arguments):
         check_batch_norms(*arguments[:-1])
 
-    @staticmethod
-    def forward(*args):
-        return args[-1].batch_norm_add_batch_norm_relu(*args[:-1])
+    op = "batch_norm_add_batch_norm_relu"
 
     @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        *_, ctx.training, ctx.ops = inputs
-        ctx.eps = inputs[8], inputs[17]
-        output, *statistics, mask = outputs
-        ctx.mark_non_differentiable(*statistics, mask)
+    def forward(ctx, *args):
+        *_, ctx.training, ctx.ops = args
+        ctx.eps = args[8], args[17]
+        output, *statistics, mask = ctx.ops.batch_norm_add_batch_norm_relu(*args[:-1])
         ctx.set_materialize_grads(False)
-        saved = *inputs[:4], statistics[0], *inputs[9:13], statistics[1]
-        ctx.save_for_backward(saved_for_mask(output, mask), *saved)
+        _save(ctx, saved_for_mask(output, mask), *args[:4], statistics[0], *args[9:13], statistics[1])
+        return output
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx, grad_output):
         if grad_output is None:
             return (None,) * 20
         function = BatchNormAddBatchNormReLUBackward
         call = function.apply if torch.is_grad_enabled() else function.forward
         needed = *ctx.needs_input_grad[:4], *ctx.needs_input_grad[9:13]
-        grads = call(grad_output, *ctx.saved_tensors, ctx.training, *needed, ctx.eps, ctx.ops)
+        grads = call(grad_output, *_saved(ctx), ctx.training, *needed, ctx.eps, ctx.ops)
         return *grads[:4], *(None,) * 5, *grads[4:], *(None,) * 7
 
 

@@ -2,7 +2,7 @@
 
 ``RESNET_FUSED_BACKEND=auto|cpu|cuda|triton|eager`` sets the process's choice, :func:`use_backend` that of a block of
 code. ``auto`` takes, for the input's device, the first backend that is available, and falls back to ``eager`` with one
-warning. What ``torch.jit.trace`` records is ``eager``, whatever is chosen: TorchScript saves no Python function.
+warning. Where somebody watches (:func:`is_watched`) it is ``eager``, whatever is chosen.
 """
 
 import contextlib
@@ -14,9 +14,18 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch.compiler import is_dynamo_compiling
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from .ops import Ops, register_fakes
+from .ops import Ops
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,6 @@ class Backend:
     device_types: tuple[str, ...]
     ops: Ops | None = None
     unavailable: str | None = None  # cause and fix, where it cannot be used
-    masks: bool = False  # whether its forward writes the ReLU's mask as bits, in training
     detail: str = ""  # for `python -m resnet_fused`
 
 
@@ -38,14 +46,9 @@ class UnservedDevice(ValueError):
 _backends: dict[str, Backend] = {}
 _serving: dict[str, dict[str, Backend]] = {"eager": {}}  # choice -> device type -> the backend that it means there
 
-_tracing_state = torch._C._get_tracing_state  # of torch.jit.trace
-
 _DEFAULT = os.environ.get("RESNET_FUSED_BACKEND", "auto")
 _entered: ContextVar[tuple[list[str], ...]] = ContextVar("resnet_fused.entered", default=())  # the use_backends around
 _choice: ContextVar[str] = ContextVar("resnet_fused.choice", default=_DEFAULT)  # by the last of them
-# The last choice of any thread: torch.compile guards on a context variable from 2.14 on, before that only on a global.
-_last_choice = _DEFAULT
-_GUARDS_ON_CONTEXT = torch.__version__ >= (2, 14)
 
 
 def register(
@@ -53,15 +56,14 @@ def register(
     namespace: str,
     device_types: tuple[str, ...],
     unavailable: str | None = None,
-    masks: bool = False,
     detail: str = "",
 ) -> None:
     """Add the backend whose ops are ``torch.ops.<namespace>``.
 
     The other arguments are those of :class:`Backend`.
     """
-    ops = register_fakes(namespace, device_types if masks else ()) if unavailable is None else None
-    _backends[name] = Backend(name, device_types, ops, unavailable, masks, detail)
+    ops = Ops.of(namespace) if unavailable is None else None
+    _backends[name] = Backend(name, device_types, ops, unavailable, detail)
     _serving["auto"] = {}
     for backend in _backends.values():
         served = backend.device_types if backend.unavailable is None else ()
@@ -107,7 +109,7 @@ def _register_cuda() -> None:
             f"of torch {torch.__version__}, {torch.version.cuda or 'none'}, or CUDA's libraries are missing: with the "
             f"torch and the CUDA toolkit that you want, {rebuild}"
         )
-    register("cuda", "resnet_fused", ("cuda",), unavailable, masks=True, detail=detail)
+    register("cuda", "resnet_fused", ("cuda",), unavailable, detail=detail)
 
 
 def _register_triton() -> None:
@@ -122,7 +124,7 @@ def _register_triton() -> None:
     else:
         interpreted = ", interpreted (TRITON_INTERPRET=1)" if IS_INTERPRETED else ""
         detail = f"Triton {importlib.metadata.version('triton')}{interpreted}, compiled on first use"
-    register("triton", NAMESPACE, DEVICE_TYPES, unavailable, masks=True, detail=detail)
+    register("triton", NAMESPACE, DEVICE_TYPES, unavailable, detail=detail)
 
 
 _register_cpu()
@@ -174,10 +176,8 @@ def use_backend(name: str):
 
 
 def _enter(entries):
-    global _last_choice
-    _last_choice = entries[-1][0] if entries else _DEFAULT
     _entered.set(entries)
-    _choice.set(_last_choice)
+    _choice.set(entries[-1][0] if entries else _DEFAULT)
 
 
 def device_type_of(tensor: torch.Tensor) -> str:
@@ -185,11 +185,34 @@ def device_type_of(tensor: torch.Tensor) -> str:
     return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
+def is_watched() -> bool:
+    """Whether somebody follows PyTorch's own operators, and would not see through ours: a compiler, an exporter, a
+    tracer, a transform, forward-mode AD, a mode."""
+    return bool(
+        is_compiling()
+        # torch.set_default_device is a mode, too
+        or (_len_torch_function_stack() and {*map(type, _get_current_function_mode_stack())} != {DeviceContext})
+        or _len_torch_dispatch_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
+
+
+def ops_for(input: torch.Tensor, *others: torch.Tensor | None) -> Ops | None:
+    """The ops that serve a call with these tensors. None: PyTorch's own operators do, on the backend ``eager``, for
+    subclasses of Tensor, and where somebody watches."""
+    if is_watched() or not _PLAIN_TYPES.issuperset(map(type, (input, *others))):
+        return None
+    return select(device_type_of(input)).ops
+
+
 def select(device_type: str) -> Backend:
     """The backend for an input on ``device_type``."""
-    if _tracing_state() is not None:
-        return _backends["eager"]
-    choice = _choice.get() if _GUARDS_ON_CONTEXT or not is_dynamo_compiling() else _last_choice
+    choice = _choice.get()
     return _serving[choice].get(device_type) or _select_unserved(choice, device_type)
 
 
@@ -216,7 +239,3 @@ def _warn_of_fallback(device_type: str) -> None:
         "`python -m resnet_fused` lists the backends; RESNET_FUSED_BACKEND=eager silences this warning.",
         stacklevel=5,
     )
-
-
-# As torch.compiler.assume_constant_result, which would import dynamo, two seconds: a compiled call warns when traced.
-_warn_of_fallback._dynamo_marked_constant = True

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import nn
 
+from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
 
 
@@ -53,9 +54,6 @@ class FusedResidual(Residual):
     Arguments, shapes and errors as :class:`Residual`'s.
     """
 
-    _original_class = Residual  # as in every class that fuse makes
-    _recomputes = False
-
     @classmethod
     def from_residual(cls, block):
         """A FusedResidual that shares ``block``'s layers, and so its parameters and buffers."""
@@ -66,19 +64,12 @@ class FusedResidual(Residual):
         fused.training = block.training  # not .train(): each batch norm keeps a mode of its own
         return fused
 
+    def runs_fused(self):
+        return is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)
+
     def forward(self, X):
-        if not (is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)):
+        if ops_for(X) is None or not self.runs_fused():
             return super().forward(X)
-        Y = call_tail(self.bn1, convolve(self.conv1, X))
-        Y = convolve(self.conv2, Y, self._recomputes)
+        Y = convolve(self.conv2, call_tail(self.bn1, convolve(self.conv1, X)))
         residual = Convolved(X) if self.conv3 is None else convolve(self.conv3, X)
-        if residual.output.dtype != Y.output.dtype:  # fused, where `Y += X` would add and then convert
-            residual = Convolved(residual.output.to(Y.output.dtype), residual.bias)
-        return call_tail(self.bn2, Y, True, residual)
-
-
-class MemoryEfficientFusedResidual(FusedResidual):
-    """The same, as ``fuse(model, memory_efficient=True)`` makes it."""
-
-    _original_class = Residual
-    _recomputes = True
+        return call_tail(self.bn2, Y, residual)

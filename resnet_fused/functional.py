@@ -6,11 +6,11 @@ from torch import Tensor
 
 from . import reference
 from .autograd import BatchNormAddBatchNormReLU, BatchNormAddReLU, BatchNormReLU
-from .backend import device_type_of, select
+from .backend import ops_for
 from .checks import check_arguments, check_batch_norms, check_device
 
 
-def _like_input(residual, input):
+def like_input(residual, input):
     """residual in the input's dtype and shape, as an in-place ``+=`` onto the normalised input would take it."""
     if residual.dtype != input.dtype:
         if residual.is_complex():
@@ -76,7 +76,7 @@ def batch_norm_relu(
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
     """
     arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    ops = select(device_type_of(input)).ops
+    ops = ops_for(input, running_mean, weight, bias)
     if ops is not None:
         return BatchNormReLU.call(input, *arguments, ops)
     check_arguments(input, *arguments)
@@ -141,8 +141,8 @@ def batch_norm_add_relu(
     arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
     if residual.shape != input.shape or residual.dtype != input.dtype:
         check_arguments(input, *arguments)
-        residual = _like_input(residual, input)
-    ops = select(device_type_of(input)).ops
+        residual = like_input(residual, input)
+    ops = ops_for(input, residual, running_mean, weight, bias)
     if ops is not None:
         return BatchNormAddReLU.call(input, residual, *arguments, ops)
     check_arguments(input, *arguments)
@@ -201,15 +201,15 @@ def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_n
     Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section 3.3,
     option B; ``downsample`` in torchvision's and timm's ResNets.
     """
-    arguments = *_in_order(input, batch_norm), *_in_order(residual, residual_batch_norm), training
-    ops = select(device_type_of(input)).ops
+    arguments = *in_order(input, batch_norm), *in_order(residual, residual_batch_norm), training
+    ops = ops_for(input, residual, *batch_norm[:4], *residual_batch_norm[:4])
     if ops is not None:
         return BatchNormAddBatchNormReLU.call(*arguments, ops)
     check_batch_norms(*arguments)
     return reference.batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training)
 
 
-def _in_order(input, batch_norm):
+def in_order(input, batch_norm):
     """As the op takes them."""
     running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias = batch_norm
     return input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps

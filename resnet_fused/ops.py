@@ -1,16 +1,13 @@
-"""The raw ops' shapes and refusals: fake (meta) implementations, by which torch.compile and torch.export see them.
+"""The raw ops of a backend, whose schemas are in csrc/ops.cpp, and the tensors that they return and save.
 
-The schemas are in csrc/ops.cpp. Every backend's namespace has the same ops, so it registers the same fakes.
+They have no fake implementations: where somebody traces, PyTorch's own operators run.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
-
-from .checks import check_arguments, check_batch_norms, check_device
 
 
 def new_statistics(input):
@@ -45,7 +42,7 @@ def new_gradients(like, weight, bias, input_bias, need_input, need_weight, need_
 
 
 def new_mask(input, needed):
-    """In place of one that is not needed, an empty vector: auto-functionalisation takes no op that returns None."""
+    """In place of one that is not needed, an empty vector."""
     return input.new_empty(mask_shape(input) if needed else 0, dtype=torch.uint8)
 
 
@@ -77,48 +74,6 @@ def unpack_mask(mask, input):
     return values.reshape(input.shape)
 
 
-def _batch_norm_relu(input, *arguments):
-    check_arguments(input, *arguments)
-    return new_like_input(input), new_statistics(input)
-
-
-def _mask(masking, input, training):
-    """``masking``: the types of the devices on which the forward writes the ReLU's mask, in training."""
-    return new_mask(input, training and input.device.type in masking)
-
-
-def _batch_norm_add_relu(masking, input, residual, *arguments):
-    check_device("residual", residual, input)
-    return *_batch_norm_relu(input, *arguments), _mask(masking, input, training=arguments[-3])
-
-
-def _batch_norm_add_batch_norm_relu(masking, input, *arguments):
-    check_batch_norms(input, *arguments)
-    statistics = new_statistics(input), new_statistics(input)
-    return new_like_input(input), *statistics, _mask(masking, input, training=arguments[-1])
-
-
-def _batch_norm_relu_backward(grad_output, input, weight, bias, input_bias, statistics, training, *needed):
-    return new_gradients(input, weight, bias, input_bias, *needed)
-
-
-def _batch_norm_relu_recompute(input, weight, bias, statistics):
-    return new_like_input(input)
-
-
-def _batch_norm_add_relu_backward(
-    grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
-):
-    grad_input, *grad_vectors = new_gradients(input, weight, bias, input_bias, need_input, *needed)
-    return grad_input, new_like_input(input, need_residual), *grad_vectors
-
-
-def _batch_norm_add_batch_norm_relu_backward(grad_output, mask, input, *arguments):
-    needed = arguments[10:]
-    of_input = new_gradients(input, *arguments[:3], *needed[:4])
-    return *of_input, *new_gradients(input, *arguments[5:8], *needed[4:])
-
-
 class Ops(NamedTuple):
     """A backend's ops, resolved once: looking them up on every call costs 2 us of 125 at 8 elements."""
 
@@ -130,27 +85,6 @@ class Ops(NamedTuple):
     batch_norm_add_batch_norm_relu: OpOverload
     batch_norm_add_batch_norm_relu_backward: OpOverload
 
-
-_masking: dict[str, set[str]] = {}  # namespace -> see _mask
-
-
-def register_fakes(namespace: str, masking: tuple[str, ...]) -> Ops:
-    """Register the fake implementation of each op of ``torch.ops.<namespace>``, once; returns the ops.
-
-    ``masking``: types of devices, further ones at each call, on which its forward writes the ReLU's mask, in training.
-    """
-    if namespace not in _masking:
-        _masking[namespace] = set()
-        fakes = Ops(
-            _batch_norm_relu,
-            _batch_norm_relu_backward,
-            _batch_norm_relu_recompute,
-            partial(_batch_norm_add_relu, _masking[namespace]),
-            _batch_norm_add_relu_backward,
-            partial(_batch_norm_add_batch_norm_relu, _masking[namespace]),
-            _batch_norm_add_batch_norm_relu_backward,
-        )
-        for name, fake in fakes._asdict().items():
-            torch.library.register_fake(f"{namespace}::{name}", fake)
-    _masking[namespace].update(masking)
-    return Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in Ops._fields))
+    @classmethod
+    def of(cls, namespace: str) -> "Ops":
+        return cls(*(getattr(getattr(torch.ops, namespace), name).default for name in cls._fields))

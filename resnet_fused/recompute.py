@@ -6,19 +6,18 @@ from functools import partial
 import torch
 from torch._C._autograd import _saved_tensors_hooks_is_enabled, _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
-from torch.compiler import is_compiling
 
 from .autograd import BatchNormReLU
+from .backend import is_watched
 
 
 def recomputing(output):
     """A context for the call that consumes ``output``: of what it saves for backward, ``output`` is recomputed there.
 
-    Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, the context does nothing.
-    Under torch.compile neither: its partitioner decides what is saved. Nor where hooks on saved tensors are refused, as
-    under torch.func.
+    Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, the context does nothing; nor
+    where somebody watches, or hooks on saved tensors are refused.
     """
-    if is_compiling() or not _saved_tensors_hooks_is_enabled() or not BatchNormReLU.has_made(output):
+    if is_watched() or not _saved_tensors_hooks_is_enabled() or not BatchNormReLU.has_made(output):
         return nullcontext()
     node = output.grad_fn
     # Only the innermost hooks are called: those around (checkpointing's, an offload's) get all other tensors from here.

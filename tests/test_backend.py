@@ -122,23 +122,6 @@ def test_each_asyncio_task_has_the_backend_that_it_uses():
     assert asyncio.run(both()) == ["cpu", "eager"]
 
 
-@pytest.mark.parametrize("first", ["cpu", "eager"])
-def test_a_compiled_function_runs_on_its_callers_backend(first):
-    """In whichever it was compiled, and in a thread where another is in use."""
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: functional.batch_norm_relu(x, None, None, training=True), fullgraph=True)
-
-    def is_right(name):
-        with use_backend(name):
-            ops = _ops_of(lambda: compiled(torch.ones(4, 3, 5, 5)))
-        return ("resnet_fused::batch_norm_relu" in ops) == (name == "cpu")
-
-    second = "eager" if first == "cpu" else "cpu"
-    assert all(map(is_right, (first, second, first)))
-    with use_backend(first), ThreadPoolExecutor(1) as pool:
-        assert pool.submit(is_right, second).result() and is_right(first)
-
-
 def test_an_unknown_backend_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="backend: expected one of .*'cpu'.*got 'tpu'"), use_backend("tpu"):
         pass
@@ -165,16 +148,6 @@ def test_auto_falls_back_to_eager_with_one_warning(registry):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _call()
-
-
-def test_a_compiled_call_falls_back_with_the_warning_and_without_a_graph_break(registry):
-    backend_module.register("cpu", "resnet_fused", ("cpu",), unavailable="not built; build it with make")
-    torch._dynamo.reset()
-    call = torch.compile(lambda x: functional.batch_norm_relu(x, None, None, training=True), fullgraph=True)
-    x = torch.randn(4, 3, 5, 5)
-    with pytest.warns(UserWarning, match="not built; build it with make"):
-        output = call(x)
-    torch.testing.assert_close(output, torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True)))
 
 
 def test_a_further_backend_joins_by_register(registry):

@@ -13,7 +13,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from resnet_fused import FusedResidual, Residual
-from resnet_fused.backend import get
 
 from .problem import in_layout
 from .tolerances import assert_close
@@ -548,7 +547,7 @@ EDITS = {
 @pytest.mark.parametrize("edited", EDITS)
 def test_an_in_place_edit_of_what_backward_needs_is_autograds_error(backend, device, edited):
     for block in _pair(device):
-        if edited == "output" and isinstance(block, FusedResidual) and get(backend).masks:
+        if edited == "output" and isinstance(block, FusedResidual) and backend != "cpu":
             continue  # its backward needs the mask in its place
         x, grad_output = _problem(block)
         y = block(x)

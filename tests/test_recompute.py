@@ -1,12 +1,10 @@
 """The outputs of batch_norm_relu that nobody keeps: recomputed to the bit, and everything else stays as it was."""
 
 import copy
-import io
 import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -16,10 +14,9 @@ from benchmarks.saved import saved_bytes
 from resnet_fused import FusedResidual, Residual, fuse, unfuse, use_backend
 from resnet_fused.backend import get
 
-from .problem import Problem
-from .test_convert import assert_unchanged, make_input, snapshot
+from .models import make_block, make_input, prepared, run_twice
+from .problem import Problem, in_layout
 from .test_models import make
-from .test_rewrite import make_block, prepared
 
 # The op
 
@@ -70,12 +67,13 @@ def make_model(consumer=None, dim=4):
     return prepared(nn.Sequential(BATCH_NORMS[dim](6), nn.ReLU(), nn.Identity(), consumer))
 
 
-def twins(model):
-    """The model fused, and fused memory-efficiently."""
+def twins(model, X=None):
+    """The model fused, and fused memory-efficiently, which have learnt."""
     kept, recomputed = copy.deepcopy(model), copy.deepcopy(model)
-    names = [[swapped.batch_norms for swapped in fuse(kept).fused]]
-    names.append([swapped.batch_norms for swapped in fuse(recomputed, memory_efficient=True).fused])
-    assert names[0] == names[1] != []
+    reports = fuse(kept), fuse(recomputed, memory_efficient=True)
+    for twin in (kept, recomputed):
+        run_twice(twin, lambda seed: (make_input() if X is None else X,))
+    assert reports[0].layers == reports[1].layers and reports[0].fused
     return kept, recomputed
 
 
@@ -98,8 +96,8 @@ def assert_equal_bits(actual, expected):
 @pytest.mark.parametrize("name", CONSUMERS)
 def test_every_consumer_gives_the_same_bits_and_saves_less(backend, device, layout, training, name):
     consumer, shape = CONSUMERS[name]
-    kept, recomputed = twins(make_model(consumer, len(shape)).to(device))
     X = torch.randn(shape, dtype=torch.float64, device=device)
+    kept, recomputed = twins(make_model(consumer, len(shape)).to(device), X)
     if layout == "channels_last" and len(shape) == 4:
         X = X.to(memory_format=torch.channels_last)
     for create_graph in (False, True):
@@ -213,20 +211,53 @@ def test_checkpointing_gives_the_same_bits(use_reentrant):
     assert_equal_bits(*results)
 
 
-def test_an_offload_gives_the_same_bits():
-    kept, recomputed = twins(make_block())
-    with save_on_cpu():
-        assert_equal_bits(gradients(recomputed, make_input()), gradients(kept, make_input()))
+def test_an_offload_gives_the_same_bits(layout):
+    """save_on_cpu returns contiguous tensors of a channels_last one."""
+    X = in_layout(make_input(), layout)
+    for model in twins(make_block()):
+        expected = gradients(model, X)
+        with save_on_cpu():
+            assert_equal_bits(gradients(model, X), expected)
 
 
-def test_torch_func_and_refused_hooks_run_without():
+RETURNED = {
+    "of other strides": lambda tensor: tensor.transpose(0, -1).contiguous().transpose(0, -1),
+    "of float64": lambda tensor: tensor.double() if tensor.is_floating_point() else tensor,
+    "of bfloat16": lambda tensor: tensor.bfloat16() if tensor.dtype == torch.float32 else tensor,
+    "not contiguous": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("returned", RETURNED)
+def test_what_hooks_return_is_taken_as_what_it_is(backend, device, layout, training, with_residual, returned):
+    problem = Problem.random((6, 10, 5, 5), torch.float32, layout, device, with_residual, training=training)
+    expected = problem.run()
+    with saved_tensors_hooks(RETURNED[returned], lambda tensor: tensor):
+        actual = problem.run()
+    tolerance = 0.05 if returned == "of bfloat16" else 0  # a mask that is recomputed differs where the output is near 0
+    for name, value in expected.items():
+        assert (actual[name] - value).double().norm() <= tolerance * value.double().norm(), name
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, RuntimeError])
+@pytest.mark.parametrize("make", [make_block, lambda: prepared(Residual(6, 6))], ids=["fuse", "FusedResidual"])
+def test_nothing_is_done_twice_where_a_hook_raises(make, error):
+    model, _ = twins(make())
+    counters = [dict(bn.named_buffers())["num_batches_tracked"] for bn in (model.bn1, model.bn2)]
+    before = [counter.item() for counter in counters]
+
+    def raises(tensor):  # once a batch norm has written
+        if counters[0].item() > before[0]:
+            raise error("no room")
+        return tensor
+
+    with saved_tensors_hooks(raises, lambda tensor: tensor), pytest.raises(error, match="no room"):
+        model(make_input().requires_grad_())
+    assert [counter.item() for counter in counters] == [before[0] + 1, before[1]]
+
+
+def test_refused_hooks_run_without():
     kept, recomputed = twins(make_model())
-
-    def loss(parameters, model):
-        return torch.func.functional_call(model, parameters, (make_input(),)).square().sum()
-
-    results = [torch.func.grad(loss)(dict(model.named_parameters()), model) for model in (recomputed, kept)]
-    assert_equal_bits(*(result.values() for result in results))
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert_equal_bits(gradients(recomputed, make_input()), gradients(kept, make_input()))
 
@@ -252,28 +283,6 @@ def test_it_compiles_without_a_graph_break(make):
 
 # fuse
 
-
-class TwoUsers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1)
-
-    def forward(self, X):
-        Y = F.relu(self.bn(X))
-        return self.conv(Y) + Y
-
-
-def rewrites_of(model):
-    return [source for source, _ in type(model)._rewrites]
-
-
-def test_an_output_that_something_else_takes_is_kept():
-    kept, recomputed = twins(prepared(TwoUsers()))
-    assert rewrites_of(kept) == rewrites_of(recomputed)
-    linear = twins(prepared(nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))))
-    assert rewrites_of(linear[0]) == rewrites_of(linear[1])
-
-
 BLOCKS = {
     "BasicBlock": (lambda: make_block(), 1),
     "Bottleneck": (lambda: prepared(Bottleneck(8, 2)), 2),
@@ -288,7 +297,7 @@ def test_a_block_gives_the_same_bits_and_saves_less(name, calls):
     block = make()
     channels = block.conv1.in_channels
     X = torch.randn(3, channels, 5, 7, dtype=torch.float64)
-    kept, recomputed = twins(block)
+    kept, recomputed = twins(block, X)
     assert isinstance(recomputed, FusedResidual) is isinstance(block, Residual)
     assert_equal_bits(gradients(recomputed, X), gradients(kept, X))
     saved = [saved_bytes(model, X.clone().requires_grad_()) for model in (recomputed, kept)]
@@ -296,33 +305,13 @@ def test_a_block_gives_the_same_bits_and_saves_less(name, calls):
     assert calls
 
 
-@pytest.mark.parametrize("make", [make_block, lambda: prepared(Residual(6, 6))], ids=["BasicBlock", "Residual"])
-def test_unfuse_restores_everything_and_copies_stay_efficient(make):
-    plain = make()
-    block = copy.deepcopy(plain)
-    fuse(block, memory_efficient=True)
-    file = io.BytesIO()
-    torch.save(block, file)
-    file.seek(0)
-    for copied in (copy.deepcopy(block), torch.load(file, weights_only=False)):
-        X = make_input().requires_grad_()
-        assert saved_bytes(copied, X) == saved_bytes(block, X)
-        unfuse(copied)
-        fuse(copied)
-        assert saved_bytes(copied, X) > saved_bytes(block, X)
-    block = copy.deepcopy(plain)
-    fuse(block, memory_efficient=True)
-    unfuse(block)
-    assert_unchanged(block, snapshot(plain))
-
-
 @pytest.mark.parametrize(
     ("name", "share"), [("resnet18", 0.2), ("timm/resnet18", 0.2), ("resnet50", 0.15), ("densenet121", 0.2)]
 )
 def test_a_network_saves_less_than_eager(name, share):
     plain = make(name).float()
-    kept, recomputed = twins(plain)
     X = torch.randn(2, 3, 64, 64)
+    kept, recomputed = twins(plain, X)
     eager, fused, efficient = (saved_bytes(model, X) for model in (plain, kept, recomputed))
     assert efficient <= (1 - share) * eager
     assert efficient < fused

@@ -49,7 +49,7 @@ def load():
         with_cuda=False,
     )
     module.set_multiprocessors(MULTIPROCESSORS)
-    resnet_fused.backend.register(BACKEND, LIBRARY, ("cpu",), detail="the CUDA kernels on a CPU", masks=True)
+    resnet_fused.backend.register(BACKEND, LIBRARY, ("cpu",), detail="the CUDA kernels on a CPU")
     return module
 
 

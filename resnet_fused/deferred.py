@@ -1,0 +1,471 @@
+"""A batch norm's output, put off: a tensor without data, which a sum joins and a ReLU turns into one operator's call.
+
+Whoever else touches it gets what the plain layer gives, made under what the layer was called under.
+"""
+
+import contextlib
+from threading import get_ident
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass, _current_graph_task_id
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .autograd import BatchNormAddBatchNormReLU, BatchNormAddReLU, BatchNormReLU
+from .functional import in_order
+
+RELUS_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_}
+RELUS = {F.relu, torch.relu, Tensor.relu} | RELUS_IN_PLACE
+ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
+ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | ADDS_IN_PLACE
+_METHODS = (
+    "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex get_device storage_offset"
+)
+_ATTRIBUTES = (
+    "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized requires_grad is_nested _version"
+)
+# What asks for no value.
+GEOMETRY = {getattr(Tensor, name) for name in _METHODS.split()}
+GEOMETRY |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {Tensor.__len__}
+
+
+def under():
+    """What a layer is called under, and its ReLU must be, too: the grad mode, and the hooks on saved tensors."""
+    return torch.is_grad_enabled(), _top_saved_tensors_default_hooks(False)
+
+
+def adds(function, args, kwargs):
+    """Whether the call adds two tensors, and no more."""
+    return function in ADDS and len(args) == 2 and (not kwargs or kwargs == {"alpha": 1})
+
+
+# By the id of a statistic, the call that is yet to update it. Two layers may share one.
+_owing: dict[int, ref] = {}
+
+
+def settle(statistics):
+    """Update them now, where a call of this thread has yet to."""
+    for tensor in statistics if _owing else ():
+        call = _owing.get(id(tensor), _nobody)()
+        if call is not None and call.owes and call.thread == get_ident():
+            call.learned.refuse("its statistics were read, or it was called again, before its output was used")
+            call.make()
+
+
+class Call:
+    """``layer(input)``, of which nothing has been computed, and what it was called under."""
+
+    __slots__ = (
+        *("learned", "input", "norm", "training", "ops", "under", "version", "thread", "owes", "token"),
+        *("output", "output_version", "is_used", "is_stale", "__weakref__"),
+    )
+    residual = None
+
+    def __init__(self, learned, input, norm, training, ops):
+        self.learned, self.input, self.norm, self.training, self.ops = learned, input, norm, training, ops
+        self.owes = False  # an update of the statistics
+        self.version = self._version()
+        self.under = under()
+        self.token = learned.token()
+        self.output = None
+        self.is_used = False  # by a ReLU
+        self.is_stale = False  # a sum or a ReLU in place has taken the output's place
+        if training:
+            statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            settle(statistics)  # called twice before the first output is used: in order
+            self.owes, self.thread, reference = True, get_ident(), ref(self)
+            for tensor in statistics:
+                _owing[id(tensor)] = reference
+
+    def _version(self):
+        """Grows where anybody writes to what the output depends on. RuntimeError where versions are not counted."""
+        running_mean, running_var, weight, bias, *_ = self.norm
+        version = self.input._version
+        if weight is not None:
+            version += weight._version
+        if bias is not None:
+            version += bias._version
+        return version if self.training else version + running_mean._version + running_var._version
+
+    def pay(self):
+        """Say that the statistics are being updated; returns whether they had not been."""
+        owed, self.owes = self.owes, False
+        for tensor in (self.norm.running_mean, self.norm.running_var, self.norm.num_batches_tracked) if owed else ():
+            if _owing.get(id(tensor), _nobody)() is self:
+                del _owing[id(tensor)]
+        return owed
+
+    def __del__(self):  # an output that nobody has used counts, too
+        if self.owes:
+            with torch.no_grad():
+                self.normalized(*self.tensors())
+
+    def is_open(self):
+        """Whether it may still be fused."""
+        return not self.is_used and self.output is None and self._version() == self.version and under() == self.under
+
+    def tensors(self):
+        return self.input, self.norm.weight, self.norm.bias
+
+    def normalized(self, input, weight, bias):
+        """What the plain layer computes of these; the first time it updates the statistics."""
+        if self._version() != self.version:
+            raise RuntimeError(
+                f"{self.learned.name}: the input or a parameter of this batch norm was changed in place before its "
+                "output was used, for which fuse had put it off: leave the layer out by filter_fn, or unfuse the model"
+            )
+        norm, momentum = self.norm, self.norm.momentum
+        running = norm.running_mean, norm.running_var
+        if self.training and not self.pay():
+            running = None, None
+        elif self.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
+        return F.batch_norm(input, *running, weight, bias, self.training, momentum or 0.0, norm.eps)
+
+    def again(self, tensors):
+        """The same of other tensors, once it has been made or fused: nothing is updated."""
+        return self.normalized(*tensors)
+
+    @contextlib.contextmanager
+    def as_called(self):
+        """The context in which what was put off is made."""
+        grad_mode, hooks = self.under
+        with torch.set_grad_enabled(grad_mode):
+            if hooks == _top_saved_tensors_default_hooks(False):
+                yield
+            else:
+                with saved_tensors_hooks(*hooks or (_identity, _identity)):
+                    yield
+
+    def make(self):
+        """What the plain layer gives."""
+        if self.output is None:
+            with self.as_called():
+                self.output = self.normalized(*self.tensors())
+            self.output_version = self.output._version
+            self.ends_with(self.output)
+        return self.output
+
+    def value(self):
+        """What the plain layer gave, whoever may have written to it since."""
+        if self.output is not None and self.output._version != self.output_version:
+            with self.as_called():
+                return self.normalized(*self.tensors())
+        return self.make()
+
+    def ends_with(self, output):
+        """Keep what has been learnt until backward has been through the output."""
+        if self.token is not None and output.requires_grad:
+            output.register_hook(self.token)
+
+    def rectify(self, residual=None):
+        """relu of it, or of its sum with the residual, a tensor or a call; None where the operator refuses."""
+        *tensors, momentum, eps = in_order(self.input, self.norm)
+        options = self.training, momentum, eps, self.ops
+        calls = (self, residual) if isinstance(residual, Call) else (self,)
+        owed = [call.pay() for call in calls]  # before: a hook on what is saved may raise when the op has written
+        if residual is None:
+            output = BatchNormReLU.attempt(*tensors, *options)
+        elif isinstance(residual, Call):
+            norms = *tensors, momentum, eps, *in_order(residual.input, residual.norm)
+            output = BatchNormAddBatchNormReLU.attempt(*norms, self.training, self.ops)
+        else:
+            output = BatchNormAddReLU.attempt(self.input, residual, *tensors[1:], *options)
+        for call, call.owes in zip(calls, owed if output is None else [False, False], strict=False):
+            if output is None:
+                call.learned.refuse("the operator takes less than eager does")
+            else:
+                call.is_used = True
+                call.ends_with(output)
+        return output
+
+
+class Sum:
+    """``call + residual``, the residual a tensor or a call itself."""
+
+    __slots__ = ("call", "residual", "version", "output", "is_stale")
+
+    def __init__(self, call, residual):
+        self.call, self.residual, self.output, self.is_stale = call, residual, None, False
+        self.version = 0 if isinstance(residual, Call) else residual._version
+
+    @property
+    def learned(self):
+        return self.call.learned
+
+    def is_open(self):
+        residual = self.residual
+        is_open = residual.is_open() if isinstance(residual, Call) else residual._version == self.version
+        return is_open and self.output is None and self.call.is_open()
+
+    def tensors(self):
+        residual = self.residual
+        return *self.call.tensors(), *(residual.tensors() if isinstance(residual, Call) else (residual,))
+
+    def again(self, tensors):
+        residual = self.residual.again(tensors[3:]) if isinstance(self.residual, Call) else tensors[3]
+        return self.call.again(tensors[:3]) + residual
+
+    def make(self):
+        if self.output is None:
+            residual = self.residual
+            if isinstance(residual, Call):
+                residual.learned.refuse(self.learned.reason)
+            elif residual._version != self.version:
+                raise RuntimeError(
+                    f"{self.learned.name}: what was added to this batch norm's output was changed in place before the "
+                    "sum was used, for which fuse had put it off: leave the layer out by filter_fn, or unfuse the model"
+                )
+            with self.call.as_called():
+                self.output = self.call.value() + (residual.value() if isinstance(residual, Call) else residual)
+        return self.output
+
+    def rectify(self):
+        residual = self.residual
+        if isinstance(residual, Call) and residual.training != self.call.training:
+            residual = residual.make()
+        return self.call.rectify(residual)
+
+
+class Promise(torch.autograd.Function):
+    """The gradient for who never asks ``__torch_function__``: somebody's Function, a module's backward hook, reentrant
+    checkpointing."""
+
+    @staticmethod
+    def forward(ctx, tail, *tensors):
+        ctx.tail, ctx.tensors = tail, tensors
+        return Deferred(tail)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tail, needed = ctx.tail, ctx.needs_input_grad[1:]
+        if tail.is_stale:
+            raise RuntimeError(
+                f"{tail.learned.name}: this batch norm's output was changed in place, and then used under its old "
+                "name by what fuse cannot see: leave the layer out by filter_fn, or unfuse the model"
+            )
+        tail.make()
+        # Of aliases: a batch norm's input may depend on the residual, which would be counted twice.
+        with torch.enable_grad():
+            tensors = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.tensors]
+            output = tail.again(tensors)
+        wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
+        grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled()))
+        return None, *(next(grads) if is_needed else None for is_needed in needed)
+
+
+def defer(tail):
+    return Promise.apply(tail, *tail.tensors()) if torch.is_grad_enabled() else Deferred(tail)
+
+
+class Deferred(Tensor):
+    """What a :class:`Call` or a :class:`Sum` gives, without data."""
+
+    @staticmethod
+    def __new__(cls, tail):
+        x = (tail.call if type(tail) is Sum else tail).input
+        self = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
+        self.tail = tail
+        return self
+
+    def __init__(self, *_):  # Tensor's takes no tail
+        pass
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs, output = kwargs or {}, None
+        if function in RELUS:
+            tensor = args[0] if args else kwargs["input"]
+            is_in_place = function in RELUS_IN_PLACE or args[1:] == (True,) or kwargs.get("inplace", False)
+            output = _rectified(tensor.tail, is_in_place)
+        elif adds(function, args, kwargs):
+            output = _added(*args, function in ADDS_IN_PLACE)
+        elif function in GEOMETRY:
+            with DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        if output is None:
+            args, kwargs = _made((args, kwargs), getattr(function, "__name__", str(function)))
+            output = function(*args, **kwargs)
+        return output
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = _made((args, kwargs or {}), str(function))
+        return function(*args, **kwargs)
+
+
+def _rectified(tail, is_in_place):
+    """relu of the tail, or None where it cannot be fused."""
+    output = tail.rectify() if tail.is_open() else None
+    if output is not None and is_in_place:
+        tail.output, tail.is_stale = output, True
+        if type(tail) is Call:
+            tail.output_version = output._version
+    return output
+
+
+def _added(a, b, is_in_place):
+    """The sum, put off, or None where it cannot be."""
+    if type(a) is not Deferred:
+        if is_in_place:
+            return None
+        a, b = b, a
+    call = a.tail
+    if type(call) is not Call or a is b or not call.is_open():
+        return None
+    if type(b) is Watched:
+        b.let_go()
+    residual, x = b, call.input
+    if type(b) is Deferred:
+        residual = b.tail
+        if type(residual) is not Call or residual.learned is call.learned or not residual.is_open():
+            return None
+        b = residual.input  # of the same strides, and no asking of __torch_function__
+    elif type(b) is not Tensor and type(b) is not nn.Parameter:
+        return None
+    if b.shape != x.shape or b.dtype != x.dtype or b.stride() != x.stride() or b.device != x.device:
+        return None
+    tail = Sum(call, residual)
+    if is_in_place:
+        call.is_stale, a.tail = True, tail
+        if not torch.is_grad_enabled():
+            return a
+    return defer(tail)
+
+
+def _made(tree, name):
+    """With what the plain layers give in the place of deferred tensors, which ``name`` asks for."""
+
+    def make(tensor):
+        tensor.tail.learned.refuse(f"its output went to {name}")
+        return tensor.tail.make()
+
+    return tree_map_only(Deferred, make, tree)
+
+
+class Seen(NamedTuple):
+    """A call of a layer that is watched."""
+
+    learned: "Learned"
+    under: tuple
+    versions: tuple  # of the tensors that are to be as they are now when the ReLU comes
+
+    def holds(self):
+        return under() == self.under and all(tensor._version == version for tensor, version in self.versions)
+
+
+class Watched(Tensor):
+    """A layer's real output, and what it was added to. What becomes of it tells whether the next one may be put off."""
+
+    @staticmethod
+    def of(tensor, seen, is_sum=False):
+        tensor.__class__ = Watched  # not an alias of it, which an in-place sum would take for a view
+        tensor.seen, tensor.is_sum, tensor.is_used = seen, is_sum, False
+        for call in seen:
+            call.learned.watched.append(ref(tensor))
+        return tensor
+
+    def let_go(self):
+        for call in self.seen:
+            call.learned.watched.clear()
+        self.__class__ = Tensor
+        del self.seen, self.is_sum, self.is_used
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with DisableTorchFunctionSubclass():
+            if function in GEOMETRY or torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if type(tensor) is Watched]
+        seen, is_sum = [call for tensor in tensors for call in tensor.seen], any(tensor.is_sum for tensor in tensors)
+        is_first_use = not any(tensor.is_used for tensor in tensors) and all(call.holds() for call in seen)
+        is_relu, is_add = function in RELUS, not is_sum and adds(function, args, kwargs)
+        is_add = is_add and (function not in ADDS_IN_PLACE or type(args[0]) is cls)  # else it is the user's tensor
+        if Deferred in types or not (is_first_use and (is_relu or is_add)):
+            for call in seen if Deferred not in types else ():  # which has its own way with tensors
+                call.learned.refuse(f"its output went to {getattr(function, '__name__', function)}")
+            for tensor in tensors:
+                tensor.let_go()
+            return function(*args, **kwargs)
+        with DisableTorchFunctionSubclass():
+            output = function(*args, **kwargs)
+            versions = tuple((arg, arg._version) for arg in args if isinstance(arg, Tensor) and arg is not output)
+        for tensor in tensors:
+            tensor.is_used = True
+        if is_relu:
+            for call in seen:
+                call.learned.rectified = "add+relu" if is_sum else "relu"
+            if type(output) is cls:
+                output.let_go()
+            return output
+        return cls.of(output, [call._replace(versions=call.versions + versions) for call in seen], is_sum=True)
+
+
+class Learned:
+    """What the calls of a layer have shown of what becomes of its output; it holds for the layer's replicas, too."""
+
+    def __init__(self, name):
+        self.name = name
+        self.rectified = None  # "relu" or "add+relu", which a watched output went to
+        self.reason = None  # why the layer is to be plain
+        self.defers = False  # what it does now
+        self.calls = 0  # that were watched
+        self.watched = []  # their outputs, referenced weakly
+        self.outstanding = 0  # calls that a backward may run again
+
+    def __deepcopy__(self, memo):  # a copy learns for itself
+        return type(self)(self.name)
+
+    def refuse(self, reason):
+        self.reason = self.reason or reason
+
+    def state(self):
+        if self.reason is not None:
+            return f"plain: {self.reason}"
+        return self.rectified if self.defers else "watched" if self.calls else "may fuse"
+
+    def token(self):
+        """What is to live as long as a backward may run a call again: checkpointing counts what is saved."""
+        is_repeatable = torch.is_grad_enabled() and _top_saved_tensors_default_hooks(False) and not is_in_backward()
+        return _Token(self) if is_repeatable else None
+
+    def decide(self):
+        """Whether the layer, which is called, defers. What was learnt counts where no call waits to be repeated."""
+        if not self.outstanding and not is_in_backward():
+            if not self.defers and self.rectified and any(tensor() is not None for tensor in self.watched):
+                self.refuse("its output is kept")
+            self.defers = self.rectified is not None and self.reason is None
+        return self.defers
+
+
+def is_in_backward():
+    return _current_graph_task_id() != -1
+
+
+class _Token:
+    def __init__(self, learned):
+        self.learned = learned
+        learned.outstanding += 1
+
+    def __call__(self, grad):  # as a hook on the output
+        self.__del__()
+
+    def __del__(self):
+        learned, self.learned = self.learned, None
+        if learned is not None:
+            learned.outstanding -= 1
+
+
+def _identity(tensor):
+    return tensor
+
+
+def _nobody():
+    return None

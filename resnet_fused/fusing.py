@@ -1,0 +1,240 @@
+"""Swap the layers of any model, in place, and back, and tell what becomes of each batch norm."""
+
+import contextlib
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import nn
+
+from .blocks import FusedResidual, Residual
+from .calls import is_plain
+from .deferred import Learned
+from .layers import DEFERRING, RECOMPUTING, Deferring, set_class
+
+_FORWARD_OF_RESIDUAL = Residual.forward
+_TAILS = {"bn1": "relu", "bn2": "add+relu"}  # of a FusedResidual
+
+# Of a module: its name, its class, and the batch norms among its children that are fused, or why others are not.
+Fused = namedtuple("Fused", ("name", "class_name", "batch_norms"))
+Left = namedtuple("Left", ("name", "class_name", "reason"))
+
+
+class _Entry(NamedTuple):
+    """A batch norm, and what tells its state now."""
+
+    name: str
+    parent_class: str
+    state: Callable[[], str]
+
+    @property
+    def parent(self):
+        return self.name.rpartition(".")[0], self.parent_class
+
+    @property
+    def child(self):
+        return self.name.rpartition(".")[2] or "it"
+
+
+def _state(layer):
+    layer = layer()
+    if layer is None or "_learned" not in vars(layer):
+        return "plain: it is no longer swapped"
+    return layer._learned.state() if is_plain(layer) else "plain: a hook, or a forward of its own"
+
+
+def _state_in_block(block, tail):
+    block = block()
+    is_fused = block is not None and isinstance(block, FusedResidual) and block.runs_fused()
+    return tail if is_fused else "plain: a batch norm of its block has a hook, another class or a forward of its own"
+
+
+class Report:
+    """What :func:`fuse` or :func:`unfuse` did, and what each batch norm does, told anew whenever it is read."""
+
+    def __init__(self, entries=(), unfused=()):
+        self._entries = entries
+        self.unfused = _grouped(unfused)
+
+    @property
+    def layers(self):
+        """What each batch norm does, by its name: "may fuse" (before its first call), "watched" (in that), "relu" or
+        "add+relu", with which it is fused, or "plain: " and why."""
+        return {entry.name: entry.state() for entry in self._entries}
+
+    @property
+    def fused(self):
+        return _grouped(entry for entry in self._entries if not entry.state().startswith("plain: "))
+
+    @property
+    def left(self):
+        reasons = {}
+        for entry in self._entries:
+            kind, _, reason = entry.state().partition("plain: ")
+            if not kind:
+                reasons.setdefault(entry.parent, {}).setdefault(reason, []).append(entry.child)
+        told = {
+            parent: [f"{', '.join(names)}: {why}" for why, names in told.items()] for parent, told in reasons.items()
+        }
+        return [Left(*parent, "; ".join(lines)) for parent, lines in told.items()]
+
+    def __str__(self):
+        fused, left = self.fused, self.left
+        lines = [] if fused or self.unfused else ["nothing was changed"]
+        title_of_fused = f"fused {sum(len(module.batch_norms) for module in fused)} batch norms:"
+        for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), ("left:", left)):
+            lines += [title] if modules else []
+            for name, class_name, details in modules:
+                details = details if isinstance(details, str) else ", ".join(details)
+                lines.append(f"  {name or 'the model'} ({class_name}): {details}")
+        return "\n".join(lines)
+
+    def to_dict(self):
+        """The same in lists, dicts and strings, for JSON."""
+        modules = {
+            title: [module._asdict() for module in getattr(self, title)] for title in ("fused", "unfused", "left")
+        }
+        return {**modules, "layers": self.layers}
+
+
+def _grouped(entries):
+    modules = {}
+    for entry in entries:
+        modules.setdefault(entry.parent, []).append(entry.child)
+    return [Fused(*parent, tuple(names)) for parent, names in modules.items()]
+
+
+def fuse(model, filter_fn=None, *, memory_efficient=False, example_inputs=None):
+    """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
+
+    The class of each batch norm is swapped, and nothing else; the model's own forward runs, always. The first call of a
+    batch norm gives its real output and watches it: is it added to and rectified, and is that all? From then on the
+    layer puts its output off: it returns a tensor without data, which a sum joins and a ReLU turns into one call of the
+    operator. Whoever else touches that tensor gets what the plain layer gives, and the layer is plain from then on; so
+    it is where somebody watches: torch.compile, torch.export, tracers, torch.func, modes, hooks on the layer.
+
+    The package's own :class:`Residual` becomes a :class:`FusedResidual`.
+
+    Args:
+        model: any nn.Module. Lazy layers need a first batch before.
+        filter_fn: ``filter_fn(module, name) -> bool``, asked about each layer or block to swap; False leaves it.
+        memory_efficient: swap convolutions and max poolings, too: they keep no output of a fused
+            ``relu(batch_norm(x))`` for backward, which recomputes it from x, to the bit.
+        example_inputs: a tensor, or a tuple of arguments, for a first call, which is watched, in eval and without
+            gradients, so that the next one is fused.
+
+    Returns:
+        Report: ``fused``, the modules with batch norms that are fused, or may be; ``left``, those with others, and why;
+        ``layers``, the state of each. It follows what the layers do.
+
+    Raises:
+        TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
+    """
+    classes = DEFERRING | (RECOMPUTING if memory_efficient else {})
+    swaps, entries, in_blocks = {}, [], {}
+    for name, module in _named_modules(model):
+        is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL
+        swapped = FusedResidual if is_residual else None if module in in_blocks else classes.get(module.__class__)
+        is_wanted = swapped is None or filter_fn is None or filter_fn(module, name)
+        if swapped is not None and is_wanted:
+            swaps[module] = name, swapped
+        if type(module) is FusedResidual or (is_residual and is_wanted):
+            in_blocks |= {getattr(module, bn): partial(_state_in_block, ref(module), _TAILS[bn]) for bn in _TAILS}
+        if is_batch_norm(module):
+            reason = "filter_fn said no" if not is_wanted else _reason_to_leave(module)
+            state = in_blocks.get(module) or (
+                partial(str, f"plain: {reason}") if reason else partial(_state, ref(module))
+            )
+            entries.append(_entry(model, name, state))
+    for module, (name, swapped) in swaps.items():  # only now, when nothing can fail any more
+        set_class(module, swapped)
+        if issubclass(swapped, Deferring):
+            vars(module)["_learned"] = Learned(name or "the model")
+    if example_inputs is not None:
+        _watch(model, example_inputs)
+    return Report(entries)
+
+
+def _watch(model, inputs):
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            model.eval()(*(inputs if isinstance(inputs, (tuple, list)) else (inputs,)))
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def is_batch_norm(module):
+    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class."""
+    name = getattr(module, "original_name", module.__class__.__name__)  # original_name: of a scripted module
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+def _reason_to_leave(batch_norm):
+    if batch_norm.__class__ in DEFERRING:
+        return None
+    is_lazy = isinstance(batch_norm, nn.modules.lazy.LazyModuleMixin)
+    return "it is lazy: run one batch first" if is_lazy else f"a {batch_norm.__class__.__name__}"
+
+
+def unfuse(model):
+    """Give each layer and block of ``model`` that :func:`fuse` swapped its class back, in place. A block that was built
+    as a FusedResidual becomes a :class:`Residual`.
+
+    Returns:
+        Report: ``unfused``, the modules with batch norms, or blocks, whose classes were given back.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+    """
+    entries, in_blocks = [], set()
+    for name, module in _named_modules(model):
+        if type(module) is FusedResidual:
+            in_blocks |= {module.bn1, module.bn2}
+        if module in in_blocks or issubclass(type(module), Deferring):
+            entries.append(_entry(model, name))
+    for _, module in _named_modules(model):
+        _restore(module)
+    return Report(unfused=entries)
+
+
+@contextlib.contextmanager
+def unfused(model):
+    """A context in which no module of ``model`` has a class of ours, for what takes it apart, as TorchScript does.
+
+    Afterwards, on errors too, each has it again, unless it was given another one meanwhile.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+    """
+    swapped = {module: (type(module), vars(module).get("_learned")) for _, module in _named_modules(model)}
+    unfuse(model)
+    plain = {module: type(module) for module in swapped}
+    try:
+        yield model
+    finally:
+        for module, (swapped_class, learned) in swapped.items():
+            if type(module) is plain[module] is not swapped_class:
+                set_class(module, swapped_class)
+                vars(module).update({} if learned is None else {"_learned": learned})
+
+
+def _restore(module):
+    vars(module).pop("_learned", None)
+    plain_class = Residual if type(module) is FusedResidual else getattr(type(module), "plain_class", None)
+    if plain_class is not None:
+        set_class(module, plain_class)
+
+
+def _entry(model, name, state=str):
+    return _Entry(name, model.get_submodule(name.rpartition(".")[0]).__class__.__name__, state)
+
+
+def _named_modules(model):
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    return list(model.named_modules())  # a module under two names comes once
