@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
 SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
-.PHONY: setup test test-slow mutate bench lint format clean
+.PHONY: setup test test-all test-slow mutate bench lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -22,10 +22,12 @@ $(BUILT): $(SOURCES)
 	$(INSTALL) --no-build-isolation --editable ".[test,bench,lint]"
 	@touch $@
 
-test: setup
+test: SELECTED := not slow and not expensive
+test-all: SELECTED := not slow
+test test-all: setup
 	$(BIN)/python -m resnet_fused
-	$(BIN)/python -m pytest -m "not slow" -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" -n 2 -k triton
+	$(BIN)/python -m pytest -m "$(SELECTED)" -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "$(SELECTED)" -n 2
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

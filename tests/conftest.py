@@ -1,7 +1,7 @@
 """Fixtures: the backends, dtypes and layouts of every correctness test. A new backend joins by one line of BACKENDS.
 
-Under TRITON_INTERPRET=1 the only backend is triton, interpreted on the CPU: ``pytest -k triton``, in a process of its
-own, as Triton reads the variable where a kernel is defined.
+Under TRITON_INTERPRET=1, in a process of its own, as Triton reads the variable where a kernel is defined, the only
+backend is triton, interpreted on the CPU, and the only tests are those that run on it.
 """
 
 import math
@@ -41,10 +41,17 @@ LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def pytest_collection_modifyitems(config, items):
-    """Leave large shapes out where the backend is an emulated one."""
+def represented(values, by):
+    """Parameters, of which ``make test`` runs those in ``by``, and ``make test-all`` the expensive others, too."""
+    return [value if value in by else pytest.param(value, marks=pytest.mark.expensive) for value in values]
 
-    def is_too_large(item):
+
+def pytest_collection_modifyitems(config, items):
+    """Leave large shapes out where the backend is an emulated one, and what the other half of the suite has run."""
+
+    def is_left_out(item):
+        if IS_INTERPRETED and "backend" not in item.fixturenames and item.path.stem != "test_triton_traffic":
+            return True
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         shape = parameters.get("shape", ())
         is_large = math.prod(shape) > LARGEST_EMULATED or item.get_closest_marker("slow")
@@ -52,8 +59,8 @@ def pytest_collection_modifyitems(config, items):
         is_wide = IS_INTERPRETED and channels > MOST_CHANNELS_INTERPRETED
         return parameters.get("backend") in EMULATED and (is_large or is_wide)
 
-    config.hook.pytest_deselected(items=[item for item in items if is_too_large(item)])
-    items[:] = [item for item in items if not is_too_large(item)]
+    config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
+    items[:] = [item for item in items if not is_left_out(item)]
 
 
 def _parameter(backend):

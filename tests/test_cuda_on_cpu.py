@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .conftest import represented
+
 EMULATION = Path(__file__).parent / "cuda_on_cpu"
 COMPILE = [
     os.environ.get("CXX", "g++"),
@@ -87,7 +89,7 @@ COUNTERS = {
 WORKING = [*(f"{name}-mended" for name in FAULTS), "groups", "after_a_fault", "host_threads"]
 
 
-@pytest.fixture(scope="session", params=FLAVOURS)
+@pytest.fixture(scope="session", params=represented(FLAVOURS, by=["optimised"]))
 def run(request, tmp_path_factory):
     program = tmp_path_factory.mktemp(request.param) / "faults"
     sources = [EMULATION / "faults.cu", EMULATION / "emulator.cpp"]

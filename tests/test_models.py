@@ -14,6 +14,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from resnet_fused import fuse
 
+from .conftest import represented
+
 # name -> how many batch norms are followed by a ReLU, maybe after a sum, and how many there are
 MODELS = {
     "resnet18": (20, 20),
@@ -85,7 +87,7 @@ def assert_close(actual, expected, name):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", represented(MODELS, by=["resnet18", "timm/resnet18"]))
 def test_three_steps_of_a_fused_model_are_those_of_the_plain_one(name, calls):
     plain = make(name)
     fused = copy.deepcopy(plain)

@@ -19,6 +19,7 @@ from resnet_fused.triton_kernels import batch_norm_add_relu as glue
 from resnet_fused.triton_kernels import plan as plan_module
 from resnet_fused.triton_kernels.plan import ceil_div, make_plan
 
+from .conftest import represented
 from .problem import in_layout
 from .sass import bits_of, find, instructions_of_cubins, is_global, loops_of
 
@@ -106,8 +107,8 @@ needs_nvdisasm = pytest.mark.skipif(NVDISASM is None, reason="there is no nvdisa
 
 
 @needs_nvdisasm
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", represented([torch.float32, torch.bfloat16], by=[torch.float32]), ids=str)
+@pytest.mark.parametrize("architecture", represented(ARCHITECTURES, by=[90]))
 def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch, architecture, dtype, layout):
     found, hot = {}, {}
     for channels, height in ACTIVATIONS:
@@ -130,6 +131,7 @@ def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch,
 
 
 @needs_nvdisasm
+@pytest.mark.expensive
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_the_other_types_compile_without_a_spill(monkeypatch, dtype, layout, with_residual):
     launches = _launches(monkeypatch, (128, 64, 24, 24), dtype, layout, with_residual)
