@@ -9,7 +9,7 @@ import torch
 
 from resnet_fused import use_backend
 
-from . import cuda_on_cpu
+from . import cuda_on_cpu, raw_ops
 from .problem import Problem
 from .traffic import assert_within_limits, passes
 
@@ -36,13 +36,13 @@ def test_launches_and_traffic_are_those_of_the_design(emulation, dtype, layout, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_recomputing_is_one_launch_that_reads_and_writes_once(emulation, dtype, layout):
-    x = Problem.random((16, 32, 24, 24), dtype, layout, "cpu", False).input
-    statistics = torch.ones(2, 32, dtype=torch.float64)
+    problem = Problem.random((16, 32, 24, 24), dtype, layout, "cpu", False).with_(weight=None, bias=None)
+    recompute = raw_ops.recompute(cuda_on_cpu.ops(), problem, {"statistics": torch.ones(2, 32, dtype=torch.float64)})
     emulation.reset_counters()
-    cuda_on_cpu.ops().batch_norm_relu_recompute(x, None, None, statistics)
+    recompute()
     counters = emulation.counters()
     assert counters.launches == 1
-    assert 2 * x.nbytes <= counters.bytes_read + counters.bytes_written <= 2.04 * x.nbytes
+    assert 2 * problem.input.nbytes <= counters.bytes_read + counters.bytes_written <= 2.04 * problem.input.nbytes
 
 
 @pytest.mark.parametrize("shape", [(9, 7, 5, 3), (6, 64, 3, 3), (4, 24, 8, 8)], ids=str)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from resnet_fused import functional, reference
 from resnet_fused.backend import get
 
+from . import raw_ops
 from .problem import Problem, in_layout
 from .tolerances import assert_close
 
@@ -456,56 +457,31 @@ def test_eps_zero_is_fine_with_running_statistics(backend, device):
     Problem.random((4, 3, 5, 5), torch.float64, device=device, training=False, eps=0.0).check()
 
 
-@pytest.mark.parametrize("op", ["batch_norm_add_relu", "batch_norm_relu"])
-def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(backend, device, op):
-    x, short = torch.randn(4, 3, 5, 5, device=device), torch.ones(2, device=device)
-    residual = (x[:, :, 1:],) if op == "batch_norm_add_relu" else ()
-    call = getattr(get(backend).ops, op)
-    tail = (None, None, None, None, None, None, True, 0.1, 1e-5)
-    if residual:
-        with pytest.raises((RuntimeError, ValueError), match="residual"):
-            call(x, *residual, *tail)
-    for position in range(5):
-        bad = list(tail)
-        bad[position] = short
-        with pytest.raises((RuntimeError, ValueError), match=r"\(3,\)"):
-            call(x, *((x,) if residual else ()), *bad)
-
-
-def test_the_recomputing_op_refuses_what_it_would_read_out_of_bounds(backend, device):
-    x, vector, statistics = (torch.ones(shape, device=device) for shape in ((4, 3, 5, 5), 3, (2, 3)))
-    call, statistics = get(backend).ops.batch_norm_relu_recompute, statistics.double()
-    call(x, vector, vector, statistics)
-    for bad in ((vector[:2], vector, statistics), (vector, vector[:2], statistics), (vector, vector, statistics[:1])):
-        with pytest.raises((RuntimeError, ValueError), match="3,?\\)"):
-            call(x, *bad)
-    with pytest.raises((RuntimeError, ValueError), match="float64"):
-        call(x, vector, vector, statistics.float())
-
-
-def test_the_backward_ops_refuse_what_they_would_read_out_of_bounds(backend, device, with_residual):
-    """Each tensor in turn with its last channel, or its last bytes, left out."""
-    ops, x, vector = get(backend).ops, torch.randn(4, 3, 5, 5, device=device), torch.ones(3, device=device)
-    statistics = torch.ones(2, 3, device=device, dtype=torch.float64)
-    tensors = {"weight": vector, "bias": vector, "input_bias": vector, "statistics": statistics}
-    if with_residual == "normalized":
-        of_residual = {f"residual_{name}": tensor for name, tensor in tensors.items()}
-        arguments = {"grad_output": x, "mask": x, "input": x, **tensors, "residual": x, **of_residual}
-        call, options = ops.batch_norm_add_batch_norm_relu_backward, (True,) * 9
-    elif with_residual:
-        arguments = {"grad_output": x, "input": x, "mask": x, **tensors}
-        call, options = ops.batch_norm_add_relu_backward, (True,) * 6
-    else:
-        arguments = {"grad_output": x, "input": x, **tensors}
-        call, options = ops.batch_norm_relu_backward, (True,) * 5
-    call(*arguments.values(), *options)
-    for name in arguments.keys() - {"input"}:
-        short = arguments[name][..., :-1].contiguous()
-        with pytest.raises((RuntimeError, ValueError), match=name):
-            call(*(arguments | {name: short}).values(), *options)
-    if "mask" in arguments:
+def test_the_raw_ops_refuse_what_they_would_read_out_of_bounds(backend, device, with_residual):
+    """Each tensor in turn with its last channel, its last column or its last bytes left out."""
+    ops = get(backend).ops
+    problem = Problem.random((4, 3, 5, 5), device=device, residual=with_residual).with_input_bias()
+    outputs = raw_ops.forward(ops, problem)()
+    calls = [raw_ops.forward(ops, problem), raw_ops.backward(ops, problem, outputs)]
+    if with_residual:  # in the place of a mask the output serves
+        calls.append(raw_ops.backward(ops, problem, outputs, mask=outputs["output"]))
         with pytest.raises((RuntimeError, ValueError), match="mask"):
-            call(*(arguments | {"mask": torch.zeros(2, 3, dtype=torch.uint8, device=device)}).values(), *options)
+            calls[-1](mask=torch.zeros(2, 3, dtype=torch.uint8, device=device))
+    else:
+        calls.append(raw_ops.recompute(ops, problem, outputs))
+    for call in calls:
+        call()
+        for name, tensor in call.arguments.items():
+            if name != "input" and isinstance(tensor, torch.Tensor) and tensor.dim() > 0:
+                with pytest.raises((RuntimeError, ValueError), match=name):
+                    call(**{name: tensor[..., :-1].contiguous()})
+
+
+def test_the_recomputing_op_refuses_rounded_statistics(backend, device):
+    ops, problem = get(backend).ops, Problem.random((4, 3, 5, 5), device=device, residual=False)
+    recompute = raw_ops.recompute(ops, problem, raw_ops.forward(ops, problem)())
+    with pytest.raises((RuntimeError, ValueError), match="float64"):
+        recompute(statistics=recompute.arguments["statistics"].float())
 
 
 # Large ----------------------------------------------------------------------------------------------------------------

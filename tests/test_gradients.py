@@ -1,14 +1,17 @@
 """First and second derivatives against finite differences, opcheck of the raw ops, and what is saved for backward."""
 
+import itertools
+
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from resnet_fused import functional
 from resnet_fused.backend import get
-from resnet_fused.ops import saved_for_mask, unpack_mask
+from resnet_fused.ops import unpack_mask
 from resnet_fused.triton_kernels import IS_INTERPRETED
 
+from . import raw_ops
 from .problem import Problem, in_layout
 
 SHAPES = [(4, 3, 3, 2), (12, 3), (3, 3, 2, 2, 2)]
@@ -55,41 +58,23 @@ def test_gradgradcheck_without_biases_and_weights(backend, device, training, wit
         assert gradgradcheck(call, leaves, **FAST)
 
 
-def _raw_calls(problem, ops, training):
-    """(op, arguments) of the raw ops; requires_grad nowhere, as autograd lies above them."""
-    vectors = (problem.weight, problem.bias, problem.weight.clone())
-    running = (problem.running_mean, problem.running_var, torch.tensor(3, device=problem.input.device))
-    tail = (training, 0.1, 1e-5)
-    x, r, g = problem.input, problem.residual, problem.grad_output
-    norms = (x, *vectors, *running, 0.1, 1e-5, r, *vectors, *(s.clone() for s in running), None, 1e-3)
-    output, statistics, mask = ops.batch_norm_add_relu(x, r, *vectors, *(s.clone() for s in running), *tail)
-    return [
-        (ops.batch_norm_add_relu, (x, r, *vectors, *running, *tail)),
-        (ops.batch_norm_relu, (x, *vectors, *running, *tail)),
-        (
-            ops.batch_norm_add_relu_backward,
-            (g, x, saved_for_mask(output, mask), *vectors, statistics, training, True, True, True, True, True),
-        ),
-        (ops.batch_norm_relu_backward, (g, x, *vectors, statistics, training, True, False, True, False)),
-        (ops.batch_norm_relu_recompute, (x, *vectors[:2], statistics)),
-        (ops.batch_norm_add_batch_norm_relu, (*norms, training)),
-        (
-            ops.batch_norm_add_batch_norm_relu_backward,
-            (g, saved_for_mask(output, mask), x, *vectors, statistics, r, *vectors, statistics, training)
-            + (True, False, True, False, True, True, False, True),
-        ),
-    ]
+CALLS = [*itertools.product(("forward", "backward"), (True, False, "normalized")), ("recompute", False)]
+NEEDED = {True: Problem.DIFFERENTIABLE, False: ("input", "bias")}
+NEEDED["normalized"] = ("input", "bias", "residual", "residual_weight", "residual_input_bias")
 
 
-OPS = ("add_relu", "relu", "add_relu_backward", "relu_backward", "relu_recompute")
-OPS += ("add_batch_norm_relu", "add_batch_norm_relu_backward")
-
-
-@pytest.mark.parametrize("index", range(len(OPS)), ids=OPS)
-def test_an_op_writes_to_what_its_schema_says_and_nothing_else(backend, device, dtype, layout, training, index):
-    problem = Problem.random((4, 6, 5, 3), dtype, layout, device)
-    op, arguments = _raw_calls(problem, get(backend).ops, training)[index]
-    torch.library.opcheck(op, arguments, test_utils="test_schema")
+@pytest.mark.parametrize(("call", "with_residual"), CALLS)
+def test_an_op_writes_to_what_its_schema_says(
+    backend, device, dtype, layout, training, call, with_residual
+):
+    """Of tensors that require no gradient: autograd lies above the raw ops."""
+    ops, options = get(backend).ops, {"training": training, "residual_momentum": None}
+    problem = Problem.random((4, 6, 5, 3), dtype, layout, device, with_residual, **options).with_input_bias()
+    op, arguments, _ = forward = raw_ops.forward(ops, problem)
+    if call != "forward":
+        needed = NEEDED[with_residual]
+        op, arguments, _ = getattr(raw_ops, call)(ops, problem, forward(), needed=needed)
+    torch.library.opcheck(op, tuple(arguments.values()), test_utils="test_schema")
 
 
 def _saved(call):

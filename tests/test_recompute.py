@@ -14,6 +14,7 @@ from benchmarks.saved import saved_bytes
 from resnet_fused import FusedResidual, Residual, fuse, unfuse, use_backend
 from resnet_fused.backend import get
 
+from . import raw_ops
 from .models import make_block, make_input, prepared, run_twice
 from .problem import Problem, in_layout
 from .test_models import make
@@ -21,27 +22,27 @@ from .test_models import make
 # The op
 
 
+def _output_and_recomputed(backend, problem):
+    ops = get(backend).ops
+    outputs = raw_ops.forward(ops, problem)()
+    return outputs["output"], raw_ops.recompute(ops, problem, outputs)()["output"]
+
+
 @pytest.mark.parametrize("shape", [(6, 10, 5, 5), (3, 10, 33, 33), (16, 48), (2, 3, 4, 5, 7)], ids=str)
 def test_the_output_is_recomputed_to_the_bit(backend, device, dtype, layout, training, shape):
-    ops = get(backend).ops
     problem = Problem.random(shape, dtype, layout, device, False, training=training).with_input_bias()
-    for affine in ((problem.weight, problem.bias), (None, None)):
-        running = problem.running_mean.clone(), problem.running_var.clone(), None, training, 0.1, 1e-5
+    for affine in ({}, {"weight": None, "bias": None}):
         for x in (problem.input, torch.stack([problem.input] * 2, -1)[..., 0], problem.input[:0]):
-            output, statistics = ops.batch_norm_relu(x, *affine, problem.input_bias, *running)
-            recomputed = ops.batch_norm_relu_recompute(x, *affine, statistics)
+            output, recomputed = _output_and_recomputed(backend, problem.with_(input=x, **affine))
             assert recomputed.stride() == output.stride()
             assert torch.equal(recomputed, output)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_a_channel_with_strange_values_is_recomputed_to_the_bit(backend, device, layout, training, value):
-    x = torch.randn(4, 6, 5, 5, device=device)
-    x[:, 1] += value
-    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
-    running = torch.zeros(6, device=device), torch.ones(6, device=device), None, training, 0.1, 1e-5
-    output, statistics = get(backend).ops.batch_norm_relu(x, None, None, None, *running)
-    recomputed = get(backend).ops.batch_norm_relu_recompute(x, None, None, statistics)
+    problem = Problem.random((4, 6, 5, 5), layout=layout, device=device, residual=False, training=training)
+    problem.input[:, 1] += value
+    output, recomputed = _output_and_recomputed(backend, problem.with_(weight=None, bias=None))
     torch.testing.assert_close(recomputed, output, rtol=0, atol=0, equal_nan=True)
 
 

@@ -19,8 +19,9 @@ from resnet_fused.triton_kernels import batch_norm_add_relu as glue
 from resnet_fused.triton_kernels import plan as plan_module
 from resnet_fused.triton_kernels.plan import ceil_div, make_plan
 
+from . import raw_ops
 from .conftest import represented
-from .problem import in_layout
+from .problem import Problem, in_layout
 from .sass import bits_of, find, instructions_of_cubins, is_global, loops_of
 
 NVDISASM = find("nvdisasm")  # the triton wheel has one
@@ -41,19 +42,18 @@ def _launches(monkeypatch, shape, dtype, layout, with_residual):
     monkeypatch.setattr(glue, "launch", lambda *launch: launches.append(launch))
     x = in_layout(torch.empty(shape, dtype=dtype), layout)
     vector = torch.ones(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    vectors, options = (vector, vector, None), (vector, vector, torch.tensor(3), True, 0.1, 1e-5)
+    vectors = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), vector)
     if with_residual == "normalized":
-        other = (vector, vector, None, vector.clone(), vector.clone(), torch.tensor(3), 0.1, 1e-5)
-        norm = (*vectors, *options[:3], 0.1, 1e-5)
-        _, *statistics, mask = glue.batch_norm_add_batch_norm_relu(x, *norm, x, *other, True)
-        tensors = (x, *vectors, statistics[0], x, *vectors, statistics[1])
-        glue.batch_norm_add_batch_norm_relu_backward(x, mask, *tensors, True, *[True, True, True, False] * 2)
-    elif with_residual:
-        _, statistics, mask = glue.batch_norm_add_relu(x, x, *vectors, *options)
-        glue.batch_norm_add_relu_backward(x, x, mask, *vectors, statistics, True, *[True] * 4, False)
-    else:
-        _, statistics = glue.batch_norm_relu(x, *vectors, *options)
-        glue.batch_norm_relu_backward(x, x, *vectors, statistics, True, *[True] * 3, False)
+        vectors |= {f"residual_{name}": vector for name in vectors}
+    problem = Problem(
+        input=x,
+        residual=x if with_residual else None,
+        grad_output=x,
+        normalizes_residual=with_residual == "normalized",
+        options={"training": True},
+        **vectors,
+    )
+    raw_ops.backward(glue, problem, raw_ops.forward(glue, problem)())()
     return launches
 
 

@@ -1,8 +1,6 @@
 """What a forward and a backward launch and move, by the counters of an emulated backend; and what they may."""
 
-import torch
-
-from resnet_fused.ops import saved_for_mask
+from . import raw_ops
 
 # Reads and writes of the whole tensor, and a part of one for the mask's bits: a 32nd in float32, a 16th in half types.
 # The mask of a frozen batch norm is read off the output.
@@ -21,34 +19,17 @@ def passes(ops, problem, counters, reset):
 
     ``counters()`` has launches, bytes_read and bytes_written since ``reset()``.
     """
-    vectors = (problem.weight, problem.bias, None)
-    running = (problem.running_mean, problem.running_var, torch.tensor(3))
-    norm = (*vectors, *running, 0.1, 1e-5)
-    training = problem.options["training"]
-    x, r, g = problem.input, problem.residual, problem.grad_output
     counted = []
 
     def count(call):
         reset()
-        results = call()
+        outputs = call()
         now = counters()
-        counted.append((now.launches, (now.bytes_read + now.bytes_written) / x.nbytes))
-        return results
+        counted.append((now.launches, (now.bytes_read + now.bytes_written) / problem.input.nbytes))
+        return outputs
 
-    if r is None:
-        output, statistics = count(lambda: ops.batch_norm_relu(x, *vectors, *running, training, 0.1, 1e-5))
-        needed = (True, True, True, False)
-        count(lambda: ops.batch_norm_relu_backward(g, x, *vectors, statistics, training, *needed))
-    elif problem.normalizes_residual:
-        other = (*vectors, *(tensor.clone() for tensor in running), 0.1, 1e-5)
-        output, *statistics, mask = count(lambda: ops.batch_norm_add_batch_norm_relu(x, *norm, r, *other, training))
-        mask, needed = saved_for_mask(output, mask), 2 * (True, True, True, False)
-        tensors = (x, *vectors, statistics[0], r, *vectors, statistics[1])
-        count(lambda: ops.batch_norm_add_batch_norm_relu_backward(g, mask, *tensors, training, *needed))
-    else:
-        output, statistics, mask = count(lambda: ops.batch_norm_add_relu(x, r, *vectors, *running, training, 0.1, 1e-5))
-        mask, needed = saved_for_mask(output, mask), (True, True, True, True, False)
-        count(lambda: ops.batch_norm_add_relu_backward(g, x, mask, *vectors, statistics, training, *needed))
+    outputs = count(raw_ops.forward(ops, problem))
+    count(raw_ops.backward(ops, problem, outputs))
     return counted
 
 
