@@ -62,6 +62,13 @@ FAULTS = {
     "overlapping_blocks": r"store of what block \d, thread (0|71) wrote: it was not handed over",
     "no_atomic_at_last": NOT_TAKEN_OVER,
     "not_written": r"^2 of 144 bytes of an output were not written, the first at byte 18$",
+    "shared_atomic": r"atomic of a word that another stream, or graph, uses",
+    "load_not_written": r"load of 4 bytes that were not written",
+    "freed": r"load of memory that was freed",
+    "another_device": r"load of memory of device 0 in a launch on device 1",
+    "stream_of_another_device": r"cudaErrorInvalidResourceHandle",
+    "allocated_on_another_stream": r"load of memory that was allocated for another stream",
+    "replayed": r"load of 4 bytes that were not written",
 }
 HAND_OVER_FAULTS = {
     "by_groups-no_fence": NOT_HANDED_OVER,
@@ -92,7 +99,7 @@ WORKING = [*(f"{name}-mended" for name in FAULTS), "groups", "after_a_fault", "h
 @pytest.fixture(scope="session", params=represented(FLAVOURS, by=["optimised"]))
 def run(request, tmp_path_factory):
     program = tmp_path_factory.mktemp(request.param) / "faults"
-    sources = [EMULATION / "faults.cu", EMULATION / "emulator.cpp"]
+    sources = [EMULATION / "faults.cu", EMULATION / "emulator.cpp", EMULATION / "runtime.cpp"]
     subprocess.run([*COMPILE, *FLAVOURS[request.param], *sources, "-o", program], check=True)
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 

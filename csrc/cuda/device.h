@@ -1,19 +1,14 @@
-// The device that a call runs on. On a CPU, for the tests, tests/cuda_on_cpu/emulated_device.h stands in.
+// The device that a call runs on, and the stream.
 #pragma once
 
 #include <cuda_runtime.h>
-
-#include "../arguments.h"
-
-#ifdef RESNET_FUSED_CUDA_ON_CPU
-#include "emulated_device.h"
-#else
-
 #include <torch/csrc/stable/accelerator.h>
 
 #include <map>
 #include <mutex>
 #include <string>
+
+#include "../arguments.h"
 
 namespace resnet_fused::cuda {
 
@@ -39,6 +34,10 @@ class Device {
     return count;
   }
 
+  void zero(const Tensor& tensor) const {
+    check(cudaMemsetAsync(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size(), stream_));
+  }
+
   // `count` zeros that kernels leave as zeros. One buffer a stream, where kernels run one after another, and one of its
   // own for each capture of a graph, which may be replayed beside anything: zeroed in the graph, where it is first
   // needed, and in the graph's memory pool.
@@ -59,15 +58,11 @@ class Device {
     if (!buffer.tensor.defined() || buffer.tensor.numel() < count || buffer.capture != capture) {
       constexpr int64_t kLeast = 4096;  // channels of every ResNet
       buffer.tensor = empty_vector(input_, count < kLeast ? kLeast : count, aoti_torch_dtype_int32());
-      torch::stable::zero_(buffer.tensor);
+      zero(buffer.tensor);
       buffer.capture = capture;
     }
     return static_cast<unsigned*>(buffer.tensor.data_ptr());
   }
-
-  // For the tests on a CPU, which find out what was not written.
-  void expect_written(const Tensor&) const {}
-  void check_written() const {}
 
  private:
   const Tensor& input_;
@@ -77,5 +72,3 @@ class Device {
 };
 
 }  // namespace resnet_fused::cuda
-
-#endif

@@ -19,16 +19,15 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, cudaStrea
   }
   const unsigned grid = static_cast<unsigned>(blocks);
 #ifdef RESNET_FUSED_CUDA_ON_CPU
-  static_cast<void>(stream);
-  emulation::launch(grid, block, [&] { kernel(arguments...); });
+  emulation::launch(grid, block, stream, [=] { kernel(arguments...); });
 #else
   kernel<<<grid, block, 0, stream>>>(arguments...);
+#endif
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("resnet_fused: the launch of a CUDA kernel failed: ") +
                              cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
   }
-#endif
 }
 
 }  // namespace resnet_fused::cuda

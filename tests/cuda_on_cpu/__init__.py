@@ -18,9 +18,11 @@ MULTIPROCESSORS = 4  # of the emulated GPU, where a test does not say otherwise
 LIBRARY = "resnet_fused_cuda_on_cpu"
 SOURCES = (
     ROOT / "csrc/ops.cpp",
-    ROOT / "csrc/cuda/batch_norm_add_relu.cpp",
+    HERE / "glue.cpp",
     HERE / "kernels.cpp",
     HERE / "emulator.cpp",
+    HERE / "runtime.cpp",
+    HERE / "torch_cuda.cpp",
     HERE / "module.cpp",
 )
 FLAVOURS = {
@@ -35,10 +37,11 @@ def load():
     flavour = os.environ.get("RESNET_FUSED_EMULATION", "optimised")
     folder = ROOT / "build" / "cuda_on_cpu" / f"{flavour}-torch-{torch.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAVOURS[flavour], "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+    flags = [*FLAVOURS[flavour], "-ffp-contract=off", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
     # A 64-bit index that is kept in 32 bits would show only past 2^31 elements, which take too long here.
     flags += ["-Wconversion", "-Werror=conversion"]
-    defines = ["RESNET_FUSED_CUDA_ON_CPU", f"RESNET_FUSED_LIBRARY={LIBRARY}", "TORCH_TARGET_VERSION=0x020a000000000000"]
+    defines = ["RESNET_FUSED_CUDA_ON_CPU", "USE_CUDA", f"RESNET_FUSED_LIBRARY={LIBRARY}"]
+    defines += ["TORCH_TARGET_VERSION=0x020a000000000000"]
     module = torch.utils.cpp_extension.load(
         "_cuda_on_cpu",
         [str(source) for source in SOURCES],

@@ -1,4 +1,4 @@
-// The part of CUDA that the kernels use, on the CPU.
+// The part of CUDA that the kernels and the glue use, on the CPU.
 #pragma once
 
 #include <math.h>
@@ -35,8 +35,28 @@ Promoted __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) 
 inline float rsqrtf(float value) { return 1 / sqrtf(value); }
 inline double rsqrt(double value) { return 1 / sqrt(value); }
 
-using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorName(cudaError_t) { return "cudaSuccess"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetLastError() { return emulation::take_last_error(); }
+inline const char* cudaGetErrorName(cudaError_t error) { return emulation::name_of(error); }
+inline const char* cudaGetErrorString(cudaError_t) { return "as the emulation was told"; }
+
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+};
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device);
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus*, unsigned long long* id);
+cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id);
+
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  emulation::memset(data, value, bytes, stream);
+  return cudaGetLastError();
+}
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, const T& symbol) {
+  *address = emulation::symbol_on_device(&symbol, sizeof(symbol), emulation::current_device());
+  return cudaSuccess;
+}

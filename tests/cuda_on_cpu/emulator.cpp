@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <exception>
-#include <mutex>
 #include <numeric>
 #include <random>
 #include <sstream>
@@ -160,11 +159,11 @@ struct Block {
   std::vector<Time> fenced, handed_over;  // by thread: up to when its writes are
 };
 
-std::mutex launching;
 std::mt19937 random_order;
 bool shuffled = false;
 
 const std::function<void()>* kernel;
+Lane lane;
 std::vector<Thread> threads;
 std::vector<Block> blocks;    // that ran, the last still does
 std::vector<unsigned> ready;  // threads
@@ -416,14 +415,16 @@ void run_block(unsigned index) {
 // Of every byte of the pages written in this launch, the last store.
 std::unordered_map<uintptr_t, std::vector<Event>> pages;
 
-struct Expected {
-  uintptr_t begin;
-  std::vector<char> written;  // by byte
-};
-std::vector<Expected> expected;
+// By the address in a Global, which is looked up once a launch, in one of these places.
+std::array<std::pair<const void*, Allocation*>, 64> looked_up;
 std::vector<Counters> counted;
 
-uintptr_t check_bounds(const Access& access, const char* what) {
+struct Place {
+  uintptr_t address;
+  char* written;  // of what was allocated and is to be written
+};
+
+Place check_place(const Access& access, const char* what) {
   const int bytes = access.n * access.size;
   if (access.elements == nullptr) fault(what, " of ", bytes, " bytes through a null Global");
   if (access.i < 0 || access.i > access.count - access.n) {
@@ -432,7 +433,24 @@ uintptr_t check_bounds(const Access& access, const char* what) {
   }
   const uintptr_t address = reinterpret_cast<uintptr_t>(access.elements) + access.i * access.size;
   if (address % bytes != 0) fault(what, " of ", bytes, " bytes misaligned: element ", access.i, " is at ", address);
-  return address;
+  auto& [elements, allocation] = looked_up[reinterpret_cast<uintptr_t>(access.elements) / 16 % looked_up.size()];
+  if (elements != access.elements) elements = access.elements, allocation = find(elements);
+  if (allocation == nullptr) return {address, nullptr};
+  const Lane& owner = allocation->lane;
+  if (allocation->is_freed && (lane.graph == 0 || owner.graph != lane.graph)) fault(what, " of memory that was freed");
+  if (owner.device != lane.device) {
+    fault(what, " of memory of device ", owner.device, " in a launch on device ", lane.device);
+  }
+  if (allocation->call != 0 && allocation->call == current_call() && owner.stream != lane.stream) {
+    fault(what, " of memory that was allocated for another stream");
+  }
+  const size_t offset = address - reinterpret_cast<uintptr_t>(allocation->data);
+  return {address, allocation->written.empty() ? nullptr : &allocation->written[offset]};
+}
+
+void check_was_written(const Place& place, int bytes, const char* what) {
+  if (place.written == nullptr || std::memchr(place.written, 0, bytes) == nullptr) return;
+  fault(what, " of ", bytes, " bytes that were not written");
 }
 
 History& element_of(History* history, int i, int n, const char* what) {
@@ -445,40 +463,67 @@ void check_shared_order(Event last, int i, const char* what) {
   fault(what, " of Shared element ", i, ": a race with thread ", thread_of(last));
 }
 
+void run_blocks(unsigned grid, dim3 block, const Lane& of_launch, const std::function<void()>& body) {
+  const size_t size = size_t{1} * block.x * block.y * block.z;
+  if (size == 0 || size > kMaxThreads) throw std::runtime_error(text("a block of ", size, " threads"));
+  for (Thread& thread : threads) {
+    if (thread.stack != nullptr) give_back_stack(thread);  // of a launch that was abandoned
+  }
+  pages.clear();
+  blocks.clear();
+  looked_up = {};
+  lane = of_launch;
+  kernel = &body;
+  gridDim = grid;
+  blockDim = block;
+  threads.resize(size);
+  for (unsigned i = 0; i < size; ++i) {
+    threads[i].number = i;
+    threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+  }
+  counted.push_back({1, static_cast<int64_t>(grid * size), 0, 0, 0});
+  std::vector<unsigned> order(grid);
+  std::iota(order.begin(), order.end(), 0);
+  if (shuffled) std::shuffle(order.begin(), order.end(), random_order);
+  for (const unsigned index : order) run_block(index);
+}
+
 }  // namespace
 
 // ---- Interface ----
 
 void check_load(const Access& access, bool fresh) {
-  const uintptr_t address = check_bounds(access, "load");
+  const Place place = check_place(access, "load");
   const int bytes = access.n * access.size;
+  check_was_written(place, bytes, "load");
   counted.back().bytes_read += bytes;
-  const auto page = pages.find(address / kPageBytes);
+  const auto page = pages.find(place.address / kPageBytes);
   if (page == pages.end()) return;
-  const Event* writes = &page->second[address % kPageBytes];
+  const Event* writes = &page->second[place.address % kPageBytes];
   for (int i = 0; i < bytes; ++i) check_order(writes[i], fresh, "load");
 }
 
 void check_store(const Access& access) {
-  const uintptr_t address = check_bounds(access, "store");
+  const Place place = check_place(access, "store");
   const int bytes = access.n * access.size;
   counted.back().bytes_written += bytes;
-  std::vector<Event>& page = pages[address / kPageBytes];
+  std::vector<Event>& page = pages[place.address / kPageBytes];
   page.resize(kPageBytes);
-  Event* writes = &page[address % kPageBytes];
+  Event* writes = &page[place.address % kPageBytes];
   for (int i = 0; i < bytes; ++i) {
     check_order(writes[i], true, "store");
     writes[i] = event();
   }
-  for (Expected& buffer : expected) {
-    const size_t offset = address - buffer.begin;  // huge where before
-    const size_t end = std::min(offset + bytes, buffer.written.size());
-    for (size_t i = offset; i < end; ++i) buffer.written[i] = true;
-  }
+  if (place.written != nullptr) std::memset(place.written, true, bytes);
 }
 
 void check_atomic(const Access& access) {
-  check_bounds(access, "atomic");
+  const Place place = check_place(access, "atomic");
+  check_was_written(place, access.size, "atomic");
+  if (Allocation* const allocation = find(access.elements)) {
+    const Lane& user = allocation->users.try_emplace(place.address, lane).first->second;
+    if (!(user == lane)) fault("atomic of a word that another stream, or graph, uses: they may run at the same time");
+  }
   ++counted.back().atomics;
   self->order.atomic = ++now;
   block().handed_over = block().fenced;
@@ -537,38 +582,27 @@ uint64_t shuffle(Operation operation, unsigned mask, uint64_t value, int size, i
   return meet(operation, mask, value, size, source);
 }
 
-void launch(unsigned grid, dim3 block, const std::function<void()>& body) {
-  const std::lock_guard<std::mutex> lock(launching);
-  const size_t size = size_t{1} * block.x * block.y * block.z;
-  if (size == 0 || size > kMaxThreads) throw std::runtime_error(text("a block of ", size, " threads"));
-  for (Thread& thread : threads) {
-    if (thread.stack != nullptr) give_back_stack(thread);  // of a launch that was abandoned
-  }
-  pages.clear();
-  blocks.clear();
-  kernel = &body;
-  gridDim = grid;
-  blockDim = block;
-  threads.resize(size);
-  for (unsigned i = 0; i < size; ++i) {
-    threads[i].number = i;
-    threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
-  }
-  counted.push_back({1, static_cast<int64_t>(grid * size), 0, 0, 0});
-  std::vector<unsigned> order(grid);
-  std::iota(order.begin(), order.end(), 0);
-  if (shuffled) std::shuffle(order.begin(), order.end(), random_order);
-  for (const unsigned index : order) run_block(index);
+void launch(unsigned grid, dim3 block, cudaStream_t stream, std::function<void()> body) {
+  enqueue(stream, [=, body = std::move(body)](const Lane& lane) { run_blocks(grid, block, lane, body); });
+}
+
+void memset(void* data, int value, size_t bytes, cudaStream_t stream) {
+  enqueue(stream, [=](const Lane&) {
+    std::memset(data, value, bytes);
+    Allocation* const allocation = find(data);
+    if (allocation == nullptr || allocation->written.empty()) return;
+    std::fill_n(allocation->written.begin() + (static_cast<char*>(data) - allocation->data), bytes, true);
+  });
 }
 
 void set_seed(unsigned seed) {
-  const std::lock_guard<std::mutex> lock(launching);
+  const std::lock_guard<std::recursive_mutex> lock(mutex());
   shuffled = seed != 0;
   random_order.seed(seed);
 }
 
 std::vector<Counters> launches() {
-  const std::lock_guard<std::mutex> lock(launching);
+  const std::lock_guard<std::recursive_mutex> lock(mutex());
   return counted;
 }
 
@@ -585,35 +619,8 @@ Counters counters() {
 }
 
 void reset_counters() {
-  const std::lock_guard<std::mutex> lock(launching);
+  const std::lock_guard<std::recursive_mutex> lock(mutex());
   counted.clear();
-}
-
-void expect_written(void* data, size_t bytes) {
-  const std::lock_guard<std::mutex> lock(launching);
-  if (bytes == 0) return;
-  std::memset(data, 0xff, bytes);
-  expected.push_back({reinterpret_cast<uintptr_t>(data), std::vector<char>(bytes)});
-}
-
-void check_written() {
-  std::vector<Expected> checked;
-  {
-    const std::lock_guard<std::mutex> lock(launching);
-    checked.swap(expected);
-  }
-  for (const Expected& buffer : checked) {
-    const auto missing = std::count(buffer.written.begin(), buffer.written.end(), 0);
-    if (missing == 0) continue;
-    const auto first = std::find(buffer.written.begin(), buffer.written.end(), 0) - buffer.written.begin();
-    throw std::runtime_error(text(missing, " of ", buffer.written.size(),
-                                  " bytes of an output were not written, the first at byte ", first));
-  }
-}
-
-void forget() {
-  const std::lock_guard<std::mutex> lock(launching);
-  expected.clear();
 }
 
 }  // namespace emulation

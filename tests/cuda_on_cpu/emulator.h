@@ -11,6 +11,8 @@
 #include <functional>
 #include <vector>
 
+#include "runtime.h"
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -37,17 +39,13 @@ Counters counters();               // since reset_counters()
 std::vector<Counters> launches();  // likewise, launch by launch
 void reset_counters();
 
-// Fills the buffer with 0xff. check_written() throws unless every byte of every such buffer was stored since then, and
-// forgets them; so does forget(), for where a launch failed.
-void expect_written(void* data, size_t bytes);
-void check_written();
-void forget();
-
 // ---- For launch.cuh ----
 
-void launch(unsigned blocks, dim3 block, const std::function<void()>& kernel);
+void launch(unsigned blocks, dim3 block, cudaStream_t stream, std::function<void()> kernel);
 
 // ---- For cuda_runtime.h ----
+
+void memset(void* data, int value, size_t bytes, cudaStream_t stream);
 
 enum class Operation { none, returned, syncthreads, syncwarp, ballot, shuffle, shuffle_down, shuffle_xor };
 

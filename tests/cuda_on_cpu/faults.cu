@@ -2,6 +2,7 @@
 // the other. Prints "ok" and the counters, or the error. test_cuda_on_cpu.py says which error is expected.
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,11 +25,18 @@ __device__ unsigned group_mask(int lanes) {
 }
 
 template <typename T>
+struct Allocator {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(emulation::allocate(n * sizeof(T), emulation::lane_of(nullptr))); }
+  void deallocate(T* elements, size_t) { emulation::release(elements); }
+};
+
+template <typename T>
 struct Buffer {
   explicit Buffer(int64_t count, T value = {}) : elements(count, value) {}
   Global<const T> in() const { return {elements.data(), static_cast<int64_t>(elements.size())}; }
   Global<T> out() { return {elements.data(), static_cast<int64_t>(elements.size())}; }
-  std::vector<T> elements;
+  std::vector<T, Allocator<T>> elements;
 };
 
 void require(bool holds, const char* what) {
@@ -280,9 +288,77 @@ __global__ void store_most(Global<__nv_bfloat16> data) {
 template <bool faulty>
 void not_written() {
   Buffer<__nv_bfloat16> data(kThreads);
-  emulation::expect_written(data.elements.data(), kThreads * sizeof(__nv_bfloat16));
+  emulation::expect_written(data.elements.data());
   launch(store_most<faulty>, 1, kThreads, nullptr, data.out());
-  emulation::check_written();
+  emulation::check_written(data.elements.data());
+}
+
+// ---- Allocations, and what might run at the same time ----
+
+__global__ void increment(Global<unsigned> data) { data.atomic_inc(0, 9); }
+__global__ void add_one(Global<int> data) { data.store(0, data.load(0) + 1); }
+
+// Another stream of the current device.
+cudaStream_t another() {
+  static const cudaStream_t stream = emulation::create_stream();
+  return stream;
+}
+
+template <bool faulty>
+void shared_atomic() {
+  Buffer<unsigned> data(1);
+  launch(increment, 1, 1, nullptr, data.out());
+  launch(increment, 1, 1, faulty ? another() : nullptr, data.out());
+}
+
+template <bool faulty>
+void load_not_written() {
+  Buffer<int> data(1);
+  emulation::expect_written(data.elements.data());
+  if (!faulty) emulation::memset(data.elements.data(), 0, sizeof(int), nullptr);
+  launch(add_one, 1, 1, nullptr, data.out());
+}
+
+template <bool faulty>
+void freed() {
+  auto data = std::make_unique<Buffer<int>>(1);
+  const Global<int> elements = data->out();
+  if (faulty) data = nullptr;
+  launch(add_one, 1, 1, nullptr, elements);
+}
+
+template <bool faulty>
+void another_device() {
+  Buffer<int> data(1);
+  emulation::current_device() = faulty ? 1 : 0;
+  launch(add_one, 1, 1, nullptr, data.out());
+}
+
+template <bool faulty>
+void stream_of_another_device() {
+  another();
+  emulation::current_device() = faulty ? 1 : 0;
+  launch(barrier_and_return<false>, 1, 1, another());
+}
+
+template <bool faulty>
+void allocated_on_another_stream() {
+  const emulation::Call call;
+  Buffer<int> data(1);
+  launch(add_one, 1, 1, faulty ? another() : nullptr, data.out());
+}
+
+// What was allocated while it was captured is the graph's, freed or not; each replay finds it overwritten.
+template <bool faulty>
+void replayed() {
+  emulation::Graph graph(another());
+  const emulation::Lane lane = emulation::lane_of(another());
+  int* const data = static_cast<int*>(emulation::allocate(sizeof(int), lane));
+  if (!faulty) emulation::memset(data, 0, sizeof(int), another());
+  launch(add_one, 1, 1, another(), Global<int>(data, 1));
+  emulation::release(data);
+  graph.end();
+  for (int i = 0; i < 2; ++i) graph.replay();
 }
 
 enum class Fault {
@@ -347,12 +423,12 @@ template <typename Kernel>
 void run_hand_over(Kernel kernel, int sums, float expected) {
   Buffer<float> partials(kBlocks * kThreads, -1), result(sums);
   Buffer<unsigned> counter(1);
-  emulation::expect_written(result.elements.data(), sums * sizeof(float));
+  emulation::expect_written(result.elements.data());
   for (int repeat = 0; repeat < 2; ++repeat) {  // the counter is back at 0
     launch(kernel, kBlocks, kThreads, nullptr, partials.out(), counter.out(), result.out());
     for (const float sum : result.elements) require(sum == expected, "sum");
   }
-  emulation::check_written();
+  emulation::check_written(result.elements.data());
 }
 template <Fault fault>
 void by_groups() {
@@ -399,9 +475,9 @@ void run_copy() {
   const size_t bytes = from.elements.size() * sizeof(T);
   launch(copy<T, n>, kBlocks, kThreads, nullptr, from.in(), to.out());
   emulation::reset_counters();
-  emulation::expect_written(to.elements.data(), bytes);
+  emulation::expect_written(to.elements.data());
   launch(copy<T, n>, kBlocks, kThreads, nullptr, from.in(), to.out());
-  emulation::check_written();
+  emulation::check_written(to.elements.data());
   require(emulation::launches().size() == 1, "counters of each launch");
   require(std::memcmp(from.elements.data(), to.elements.data(), bytes) == 0, "copy");
 }
@@ -467,7 +543,6 @@ void after_a_fault() {
       not_written<true>();
     } catch (const std::runtime_error&) {
     }
-    emulation::forget();
     by_groups<Fault::none>();
   }
 }
@@ -532,6 +607,13 @@ const Case kCases[] = {
     BOTH(bytes_of_words),
     BOTH(overlapping_blocks),
     BOTH(not_written),
+    BOTH(shared_atomic),
+    BOTH(load_not_written),
+    BOTH(freed),
+    BOTH(another_device),
+    BOTH(stream_of_another_device),
+    BOTH(allocated_on_another_stream),
+    BOTH(replayed),
     BOTH(no_atomic_at_last),
     HAND_OVER(by_groups, none),
     HAND_OVER(by_groups, no_fence),

@@ -1,11 +1,13 @@
 // The Python module _cuda_on_cpu: the emulation's counters and settings. Loading it registers the CUDA ops for tensors
 // on a CPU, as torch.ops.resnet_fused_cuda_on_cpu.
 #undef TORCH_TARGET_VERSION  // it closes torch 2.10's pybind11, which is no part of the stable ABI
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
-#include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/plan.h"
+#include "emulator.h"
+#include "torch_cuda.h"
 
 namespace py = pybind11;
 using resnet_fused::cuda::Plan;
@@ -19,7 +21,24 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("counters", &emulation::counters);
   m.def("reset_counters", &emulation::reset_counters);
   m.def("set_seed", &emulation::set_seed);
-  m.def("set_multiprocessors", [](int count) { resnet_fused::cuda::multiprocessors_of_emulation = count; });
+  m.def("set_multiprocessors", [](int count) { emulation::multiprocessors = count; });
+
+  using emulation::current_device, emulation::current_stream, emulation::Graph;
+  const auto stream_of = [](intptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); };
+  m.attr("PER_THREAD_STREAM") = reinterpret_cast<intptr_t>(cudaStreamPerThread);
+  m.def("create_stream", [] { return reinterpret_cast<intptr_t>(emulation::create_stream()); });
+  m.def("destroy_stream", [=](intptr_t stream) { emulation::destroy_stream(stream_of(stream)); });
+  m.def("current_device", [] { return current_device(); });
+  m.def("set_device", [](int device) { current_device() = device; });
+  m.def("set_stream", [=](intptr_t stream) { current_stream(current_device()) = stream_of(stream); });
+  m.def("to_device", &emulation::to_device);
+  m.def("allocations", &emulation::allocations);
+  m.def("before_next_launch", &emulation::before_next_launch);
+  m.def("fail_next_launch", [](int error) { emulation::fail_next_launch(static_cast<cudaError_t>(error)); });
+  py::class_<Graph>(m, "Graph")
+      .def(py::init([=](intptr_t stream) { return std::make_unique<Graph>(stream_of(stream)); }))
+      .def("end", &Graph::end)
+      .def("replay", &Graph::replay);
 
   py::class_<Plan>(m, "Plan")
       .def(py::init(&resnet_fused::cuda::make_plan), py::arg("outer"), py::arg("channels"), py::arg("inner"),
