@@ -39,6 +39,7 @@ PLAN = "csrc/cpu/plan.h"
 CUDA = "csrc/cuda/batch_norm_add_relu.cu"
 CUDA_GLUE = "csrc/cuda/batch_norm_add_relu.cpp"
 CUDA_PLAN = "csrc/cuda/plan.h"
+DEVICE = "csrc/cuda/device.h"
 REDUCE = "csrc/cuda/reduce.cuh"
 TRITON = "resnet_fused/triton_kernels/kernels.py"
 TRITON_GLUE = "resnet_fused/triton_kernels/batch_norm_add_relu.py"
@@ -118,6 +119,17 @@ FAULTS = [
     Fault("CUDA: sign of the projection", CUDA, "g - offset[k] - centered", "g - offset[k] + centered", "ops"),
     Fault("CUDA: rounded mean in backward", CUDA, "dot -= dropped * sum;", "", "edges"),
     Fault("CUDA: frozen statistics projected", CUDA_GLUE, "const bool projects = a.training && norm.needed.input;", "const bool projects = norm.needed.input;", "ops"),
+    Fault("semaphores by the stream's handle", DEVICE, 'check(cudaStreamGetId(stream_, &id), "cudaStreamGetId");', "id = reinterpret_cast<uintptr_t>(stream_);", "cuda_glue"),
+    Fault("a graph takes its stream's semaphores", DEVICE, " && capture == cudaStreamCaptureStatusNone", "", "cuda_glue"),
+    Fault("more semaphores than a stream has", DEVICE, "count <= kSemaphores && ", "", "cuda_glue"),
+    Fault("later streams share semaphores", DEVICE, "if (streams.size() == kStreams) return nullptr;", "if (streams.size() == kStreams) return streams.begin()->second;", "cuda_glue"),
+    Fault("semaphores of one device for all", DEVICE, "(*devices)[index_]", "(*devices)[0]", "cuda_glue"),
+    Fault("a call's semaphores not zeroed", DEVICE, "      zero(zeros_);\n", "", "cuda_glue"),
+    Fault("a call's semaphores freed before the launch", DEVICE, "return static_cast<unsigned*>(zeros_.data_ptr());", "return static_cast<unsigned*>(Tensor(std::move(zeros_)).data_ptr());", "cuda_glue"),
+    Fault("a call's semaphores outlive it", DEVICE, "zeros_ = empty_vector(input_, count, aoti_torch_dtype_int32());", "zeros_ = *new Tensor(empty_vector(input_, count, aoti_torch_dtype_int32()));", "cuda_glue"),
+    Fault("device not made the current one", DEVICE, "guard_(index_)", "guard_(0)", "cuda_glue"),
+    Fault("device 0's stream", DEVICE, "aoti_torch_get_current_cuda_stream(index_,", "aoti_torch_get_current_cuda_stream(0,", "cuda_glue"),
+    Fault("launched on the default stream", CUDA_GLUE, "cuda::backward(b, device.stream());", "cuda::backward(b, nullptr);", "cuda_glue"),
     Fault("unaligned tensors in vectors", CUDA_PLAN, "if (!aligned || base", "if (base", "cuda_traffic"),
     Fault("group's mask of the whole warp", REDUCE, "(1u << lanes) - 1", "0xffffffffu", "cuda_traffic"),
     Fault("Triton: mask not of y as stored", TRITON, "_passes(y.to(matrix.ACC), 0)", "_passes(value, 0)", "edges"),

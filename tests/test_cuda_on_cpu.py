@@ -80,7 +80,7 @@ HAND_OVER_FAULTS = {
     "by_groups-stale_load": r"other blocks' writes are read with load_fresh",
     "by_blocks-early_fence": NOT_HANDED_OVER,
     "by_blocks-no_barrier": NOT_HANDED_OVER,
-    "too_many_blocks": r"a CUDA grid has at most 2\^31 - 1 blocks, got 2147483648",
+    "too_many_blocks": r"a launch of 2147483648 blocks, of at most 2\^31 - 1: cudaErrorInvalidConfiguration",
 }
 COUNTERS = {
     "copy_bytes": "ok: 1 launches, 360 threads, 360 bytes read, 360 bytes written, 0 atomics",

@@ -51,14 +51,14 @@ Tensor scratch(const Tensor& input, int64_t rows, int64_t columns) {
 }
 
 // Batch norm `i`'s, of `count` in one launch.
-Scratch scratch_of(const Tensor& partials, const Device& device, int64_t channels, int i, int count) {
+Scratch scratch_of(const Tensor& partials, Device& device, int64_t channels, int i, int count) {
   return {partials.data_ptr(), device.zeros(count * channels) + i * channels};
 }
 
 ForwardResults Cuda::forward(const ForwardArguments& a) {
   a.check();
   const Tensor& input = a.input();
-  const Device device(input);
+  Device device(input);
   const MemoryFormat format = memory_format(input);
   ForwardResults results{empty_like(input, format), Tensor(), {}};
   const bool is_empty = a.values() == 0, masks = a.training && (a.residual != nullptr || a.count == 2);
@@ -119,7 +119,7 @@ Tensor Cuda::recompute(const NormBackwardArguments& a) {
 BackwardResults Cuda::backward(const BackwardArguments& a) {
   a.check();
   const Tensor& input = a.input();
-  const Device device(input);
+  Device device(input);
   const MemoryFormat format = memory_format(input);
   BackwardResults grad(a, format);
   if (a.values() == 0) {

@@ -204,6 +204,8 @@ __device__ __forceinline__ const auto& norm_of(const P& parameters) {
 
 // ---- Sums across blocks ----
 
+__device__ unsigned all_semaphores[kStreams * kSemaphores];  // 1 MiB
+
 // The blocks that sum parts of a channel: a range of tiles, in each of them every split.
 struct Parts {
   const Plan& plan;
@@ -750,6 +752,12 @@ void backward_with(const Backward& b, cudaStream_t stream) {
 }
 
 }  // namespace
+
+unsigned* semaphores(size_t stream) {
+  void* address;
+  check(cudaGetSymbolAddress(&address, all_semaphores), "cudaGetSymbolAddress");
+  return static_cast<unsigned*>(address) + stream * kSemaphores;
+}
 
 void forward(const Forward& f, cudaStream_t stream) {
   if (f.plan.rows == 0 || f.plan.columns == 0) {

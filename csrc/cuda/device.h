@@ -6,15 +6,12 @@
 
 #include <map>
 #include <mutex>
-#include <string>
 
 #include "../arguments.h"
+#include "error.h"
+#include "kernels.h"
 
 namespace resnet_fused::cuda {
-
-inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "resnet_fused: ", cudaGetErrorName(error), ": ", cudaGetErrorString(error));
-}
 
 // The input's device, made the current one for the object's life.
 class Device {
@@ -30,45 +27,52 @@ class Device {
 
   int multiprocessors() const {
     int count;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_), "cudaDeviceGetAttribute");
     return count;
   }
 
   void zero(const Tensor& tensor) const {
-    check(cudaMemsetAsync(tensor.data_ptr(), 0, tensor.numel() * tensor.element_size(), stream_));
+    const size_t bytes = tensor.numel() * tensor.element_size();
+    check(cudaMemsetAsync(tensor.data_ptr(), 0, bytes, stream_), "cudaMemsetAsync");
   }
 
-  // `count` zeros that kernels leave as zeros. One buffer a stream, where kernels run one after another, and one of its
-  // own for each capture of a graph, which may be replayed beside anything: zeroed in the graph, where it is first
-  // needed, and in the graph's memory pool.
-  unsigned* zeros(int64_t count) const {
-    struct Buffer {
-      Tensor tensor;
-      unsigned long long capture;  // 0: none
-    };
-    static std::mutex mutex;
-    static auto* buffers = new std::map<std::pair<int32_t, cudaStream_t>, Buffer>;  // outlives the CUDA context
-
-    cudaStreamCaptureStatus status;
-    unsigned long long capture = 0;
-    check(cudaStreamGetCaptureInfo(stream_, &status, &capture));
-    if (status != cudaStreamCaptureStatusActive) capture = 0;
-    const std::lock_guard<std::mutex> lock(mutex);
-    Buffer& buffer = (*buffers)[{index_, stream_}];
-    if (!buffer.tensor.defined() || buffer.tensor.numel() < count || buffer.capture != capture) {
-      constexpr int64_t kLeast = 4096;  // channels of every ResNet
-      buffer.tensor = empty_vector(input_, count < kLeast ? kLeast : count, aoti_torch_dtype_int32());
-      zero(buffer.tensor);
-      buffer.capture = capture;
+  // `count` zeros for a launch, which leaves them as zeros; the same at every call. A stream has some of its own, as
+  // its launches run one after another. Those of a graph may be replayed beside any: there, and where the stream's do
+  // not suffice, a tensor is zeroed, by a launch more, that lives as long as this object.
+  unsigned* zeros(int64_t count) {
+    cudaStreamCaptureStatus capture;
+    check(cudaStreamIsCapturing(stream_, &capture), "cudaStreamIsCapturing");
+    if (count <= kSemaphores && capture == cudaStreamCaptureStatusNone) {
+      if (unsigned* const of_stream = semaphores_of_stream()) return of_stream;
     }
-    return static_cast<unsigned*>(buffer.tensor.data_ptr());
+    if (!zeros_.defined()) {
+      zeros_ = empty_vector(input_, count, aoti_torch_dtype_int32());
+      zero(zeros_);
+    }
+    return static_cast<unsigned*>(zeros_.data_ptr());
   }
 
  private:
+  // Or nullptr where earlier streams have taken all. By the stream's id: another one gets its handle once it is
+  // destroyed, and per-thread default streams have the same.
+  unsigned* semaphores_of_stream() const {
+    static std::mutex mutex;
+    static auto* const devices = new std::map<int32_t, std::map<unsigned long long, unsigned*>>;  // never destroyed
+    unsigned long long id;
+    check(cudaStreamGetId(stream_, &id), "cudaStreamGetId");
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto& streams = (*devices)[index_];
+    const auto found = streams.find(id);
+    if (found != streams.end()) return found->second;
+    if (streams.size() == kStreams) return nullptr;
+    return streams.emplace(id, semaphores(streams.size())).first->second;
+  }
+
   const Tensor& input_;
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  Tensor zeros_;
 };
 
 }  // namespace resnet_fused::cuda

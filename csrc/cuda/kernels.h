@@ -69,6 +69,12 @@ struct Backward {
   void* grad_residual;  // of one that was added as it is; nullptr where not needed
 };
 
+constexpr int64_t kSemaphores = 4096;  // of a stream: for both batch norms of any ResNet
+constexpr size_t kStreams = 64;        // of a device that have some; torch's pool has 32 of each priority
+
+// Those of the current device's `stream`th stream, zeros where no kernel runs.
+unsigned* semaphores(size_t stream);
+
 // Launches on the current device. In training two kernels, in eval one.
 void forward(const Forward&, cudaStream_t);
 // The second of training's kernels alone, without a residual: statistics are read, the running ones absent.

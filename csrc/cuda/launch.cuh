@@ -5,8 +5,9 @@
 
 #include <cstdint>
 #include <limits>
-#include <stdexcept>
 #include <string>
+
+#include "error.h"
 
 namespace resnet_fused::cuda {
 
@@ -15,7 +16,8 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, cudaStream_t stream, Arguments... arguments) {
   if (blocks == 0) return;
   if (blocks < 0 || blocks > std::numeric_limits<int32_t>::max()) {
-    throw std::runtime_error("resnet_fused: a CUDA grid has at most 2^31 - 1 blocks, got " + std::to_string(blocks));
+    throw Error(cudaErrorInvalidConfiguration,
+                "a launch of " + std::to_string(blocks) + " blocks, of at most 2^31 - 1");
   }
   const unsigned grid = static_cast<unsigned>(blocks);
 #ifdef RESNET_FUSED_CUDA_ON_CPU
@@ -25,8 +27,8 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, cudaStrea
 #endif
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("resnet_fused: the launch of a CUDA kernel failed: ") +
-                             cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+    throw Error(error, "a launch of " + std::to_string(grid) + " blocks of " + std::to_string(block.x) + " x " +
+                           std::to_string(block.y) + " threads");
   }
 }
 

@@ -588,6 +588,7 @@ void launch(unsigned grid, dim3 block, cudaStream_t stream, std::function<void()
 
 void memset(void* data, int value, size_t bytes, cudaStream_t stream) {
   enqueue(stream, [=](const Lane&) {
+    counted.push_back({1, 0, 0, static_cast<int64_t>(bytes), 0});
     std::memset(data, value, bytes);
     Allocation* const allocation = find(data);
     if (allocation == nullptr || allocation->written.empty()) return;

@@ -45,7 +45,7 @@ void launch(unsigned blocks, dim3 block, cudaStream_t stream, std::function<void
 
 // ---- For cuda_runtime.h ----
 
-void memset(void* data, int value, size_t bytes, cudaStream_t stream);
+void memset(void* data, int value, size_t bytes, cudaStream_t stream);  // counts as a launch
 
 enum class Operation { none, returned, syncthreads, syncwarp, ballot, shuffle, shuffle_down, shuffle_xor };
 

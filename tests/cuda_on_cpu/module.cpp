@@ -34,7 +34,7 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("to_device", &emulation::to_device);
   m.def("allocations", &emulation::allocations);
   m.def("before_next_launch", &emulation::before_next_launch);
-  m.def("fail_next_launch", [](int error) { emulation::fail_next_launch(static_cast<cudaError_t>(error)); });
+  m.def("fail_launch", [](int error, int after) { emulation::fail_launch(static_cast<cudaError_t>(error), after); });
   py::class_<Graph>(m, "Graph")
       .def(py::init([=](intptr_t stream) { return std::make_unique<Graph>(stream_of(stream)); }))
       .def("end", &Graph::end)

@@ -48,6 +48,7 @@ std::vector<cudaStream_t> destroyed;  // handles, which new streams get
 // ---- Errors ----
 
 thread_local cudaError_t last_error = cudaSuccess, next_error = cudaSuccess;
+thread_local int before_error = 0;  // launches
 std::function<void()> meanwhile;
 
 // ---- Memory ----
@@ -109,7 +110,7 @@ Lane lane_of(cudaStream_t stream) { return stream_of(stream).lane; }
 void enqueue(cudaStream_t handle, std::function<void(const Lane&)> work) {
   if (const auto others = std::exchange(meanwhile, nullptr)) others();
   CUstream_st& stream = stream_of(handle);
-  last_error = std::exchange(next_error, cudaSuccess);
+  if (before_error-- == 0) last_error = std::exchange(next_error, cudaSuccess);
   if (stream.lane.device != current_device()) last_error = cudaErrorInvalidResourceHandle;
   if (last_error != cudaSuccess) return;
   if (stream.graph != nullptr) {
@@ -134,7 +135,10 @@ const char* name_of(cudaError_t error) {
 }
 
 cudaError_t take_last_error() { return std::exchange(last_error, cudaSuccess); }
-void fail_next_launch(cudaError_t error) { next_error = error; }
+void fail_launch(cudaError_t error, int after) {
+  next_error = error;
+  before_error = after;
+}
 void before_next_launch(std::function<void()> others) { meanwhile = std::move(others); }
 
 // ---- Graphs ----
@@ -202,7 +206,9 @@ void* symbol_on_device(const void* symbol, size_t bytes, int device) {
   static std::map<std::pair<const void*, int>, void*> copies;
   const std::lock_guard<std::recursive_mutex> lock(mutex());
   void*& copy = copies[{symbol, device}];
-  if (copy == nullptr) copy = std::memset(allocate(bytes, {device, kNone, 0}), 0, bytes);
+  if (copy != nullptr) return copy;
+  copy = std::memset(allocate(bytes, {device, kNone, 0}), 0, bytes);
+  find(copy)->call = 0;
   return copy;
 }
 
@@ -250,14 +256,13 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors
-           : attribute == cudaDevAttrComputeCapabilityMajor ? compute_capability / 10
-                                                            : compute_capability % 10;
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 7
+                                                            : 5;
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id) {
-  *id = lane_of(stream).graph;
-  *status = *id == 0 ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = lane_of(stream).graph == 0 ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
   return cudaSuccess;
 }
 

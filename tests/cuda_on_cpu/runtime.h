@@ -31,8 +31,7 @@ struct Lane {
   bool operator==(const Lane& o) const { return device == o.device && stream == o.stream && graph == o.graph; }
 };
 
-inline int multiprocessors = 1;      // of every device
-inline int compute_capability = 90;  // likewise
+inline int multiprocessors = 1;  // of every device
 
 // Held while work runs.
 std::recursive_mutex& mutex();
@@ -51,7 +50,7 @@ Lane lane_of(cudaStream_t);  // of the current device
 void enqueue(cudaStream_t stream, std::function<void(const Lane&)> work);
 cudaError_t take_last_error();
 const char* name_of(cudaError_t);
-void fail_next_launch(cudaError_t);              // of this thread
+void fail_launch(cudaError_t, int after);        // the one of this thread after so many
 void before_next_launch(std::function<void()>);  // of any: what another thread does meanwhile
 
 // What a stream is given between its making and end(). A replay finds what others have left in the graph's memory, and
