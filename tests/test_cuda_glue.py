@@ -3,6 +3,7 @@
 There work runs at once, and what might have run beside it is known: see cuda_on_cpu/runtime.h.
 """
 
+import re
 import threading
 
 import pytest
@@ -170,3 +171,43 @@ def test_tensors_of_another_device_than_the_current_one(emulation):
         results.append(Step(device=device)())
         assert emulation.current_device() == 0
     _assert_equal(*results)
+
+
+INVALID_CONFIGURATION, NO_KERNEL_IMAGE = 9, 209  # cudaError_t
+OPS = {True: "batch_norm_add_relu", False: "batch_norm_relu", "normalized": "batch_norm_add_batch_norm_relu"}
+
+
+@pytest.mark.parametrize("launch", range(4))
+def test_a_failed_launch_names_op_shape_and_grid(emulation, with_residual, launch):
+    problem = Problem.random((4, 8, 6, 5), torch.float32, "contiguous", "cpu", with_residual)
+    emulation.fail_launch(INVALID_CONFIGURATION, launch)
+    op = OPS[with_residual] + ("" if launch < 2 else "_backward")
+    message = f"resnet_fused: {op} of an input of shape (4, 8, 6, 5): a launch of "
+    message = re.escape(message) + r"\d+ blocks of \d+ x \d+ threads: cudaErrorInvalidConfiguration: "
+    with pytest.raises(RuntimeError, match=message):
+        problem.run()
+    problem.check(clipped=None)  # it leaves nothing behind
+
+
+def test_a_failed_recomputation_names_itself(emulation):
+    emulation.fail_launch(INVALID_CONFIGURATION, 0)
+    statistics = torch.ones(2, 8, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"relu_recompute of an input of shape \(4, 8\): a launch of 1 blo"):
+        cuda_on_cpu.ops().batch_norm_relu_recompute(torch.randn(4, 8), None, None, statistics)
+
+
+def test_a_gpu_that_was_not_built_for_is_told_how(emulation):
+    emulation.fail_launch(NO_KERNEL_IMAGE, 0)
+    message = "This GPU's compute capability is 7.5, the CUDA extension was built for 8.0;9.0+PTX: build it anew with "
+    with pytest.raises(RuntimeError, match=re.escape(message) + "TORCH_CUDA_ARCH_LIST=7.5"):
+        Step()()
+
+
+@pytest.mark.filterwarnings("ignore:var_mean")
+@pytest.mark.parametrize("shape", [(0, 8, 6, 6), (4, 8, 0, 6)], ids=str)
+def test_empty_tensors_on_another_device_and_stream_than_the_current_ones(emulation, shape):
+    emulation.set_device(1)
+    emulation.set_stream(emulation.create_stream())
+    emulation.set_device(0)
+    output, *gradients = Step(shape, device=1)()
+    assert output.shape == shape and not any(gradient.any() for gradient in gradients)

@@ -2,6 +2,7 @@
 // the three ops share all of it.
 #include <array>
 #include <initializer_list>
+#include <string>
 
 #include "../arguments.h"
 #include "device.h"
@@ -55,7 +56,27 @@ Scratch scratch_of(const Tensor& partials, Device& device, int64_t channels, int
   return {partials.data_ptr(), device.zeros(count * channels) + i * channels};
 }
 
-ForwardResults Cuda::forward(const ForwardArguments& a) {
+std::string op_name(int count, bool adds) {
+  return count == 2 ? "batch_norm_add_batch_norm_relu" : adds ? "batch_norm_add_relu" : "batch_norm_relu";
+}
+
+[[noreturn]] void explain(const Error& error, const std::string& op, const Tensor& input) {
+  std::string shape, hint;
+  for (const int64_t size : input.sizes()) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  if (error.code == cudaErrorNoKernelImageForDevice) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, input.get_device_index());
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, input.get_device_index());
+    const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+    hint = ". This GPU's compute capability is " + capability +
+           ", the CUDA extension was built for " RESNET_FUSED_CUDA_ARCHITECTURES
+           ": build it anew with TORCH_CUDA_ARCH_LIST=" +
+           capability;
+  }
+  throw std::runtime_error("resnet_fused: " + op + " of an input of shape (" + shape + "): " + error.what() + hint);
+}
+
+ForwardResults Cuda::forward(const ForwardArguments& a) try {
   a.check();
   const Tensor& input = a.input();
   Device device(input);
@@ -96,9 +117,11 @@ ForwardResults Cuda::forward(const ForwardArguments& a) {
   }
   cuda::forward(f, device.stream());
   return results;
+} catch (const Error& error) {
+  explain(error, op_name(a.count, a.residual != nullptr), a.input());
 }
 
-Tensor Cuda::recompute(const NormBackwardArguments& a) {
+Tensor Cuda::recompute(const NormBackwardArguments& a) try {
   const Device device(a.input);
   const MemoryFormat format = memory_format(a.input);
   const Tensor output = empty_like(a.input, format);
@@ -114,9 +137,11 @@ Tensor Cuda::recompute(const NormBackwardArguments& a) {
   f.norms[0].weight = channel_vector(a.weight), f.norms[0].bias = channel_vector(a.bias);
   cuda::recompute(f, device.stream());
   return output;
+} catch (const Error& error) {
+  explain(error, "batch_norm_relu_recompute", a.input);
 }
 
-BackwardResults Cuda::backward(const BackwardArguments& a) {
+BackwardResults Cuda::backward(const BackwardArguments& a) try {
   a.check();
   const Tensor& input = a.input();
   Device device(input);
@@ -170,6 +195,8 @@ BackwardResults Cuda::backward(const BackwardArguments& a) {
   }
   cuda::backward(b, device.stream());
   return grad;
+} catch (const Error& error) {
+  explain(error, op_name(a.count, a.mask != nullptr) + "_backward", a.input());
 }
 
 }  // namespace
