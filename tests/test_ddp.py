@@ -1,4 +1,4 @@
-"""DistributedDataParallel: two processes over gloo train a fused network as they train a plain one."""
+"""DistributedDataParallel: two processes over gloo, or on two GPUs over NCCL, train a fused network as a plain one."""
 
 import pytest
 import torch
@@ -19,15 +19,19 @@ def _network(block):
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).double()
 
 
-def _train(rank, folder, backend):
+def _train(rank, folder, backend, device):
     """Each rank sees its own images, so that gradients differ, and saves what it ends with: plain's, then fused's."""
     torch.set_num_threads(1)
     cuda_on_cpu.load_if_named(backend)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus:
+        torch.cuda.set_device(rank % gpus)
+    group = "nccl" if gpus >= RANKS else "gloo"
+    dist.init_process_group(group, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     results = []
     with use_backend(backend):
         for block in (Residual, FusedResidual):
-            network = _network(block)
+            network = _network(block).to(device)
             # Statistics of each rank's own images stay its own.
             model = DistributedDataParallel(network, broadcast_buffers=False)
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
@@ -35,7 +39,8 @@ def _train(rank, folder, backend):
             losses = []
             for _ in range(STEPS):
                 optimizer.zero_grad()
-                loss = (model(torch.randn(4, 3, 8, 8).double()) * torch.randn(4, 3)).sum()
+                images, weights = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 3)
+                loss = (model(images.to(device)) * weights.to(device)).sum()
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -46,9 +51,9 @@ def _train(rank, folder, backend):
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this PyTorch has no gloo")
-def test_two_processes_train_the_fused_network_as_the_plain_one(backend, tmp_path):
-    torch.multiprocessing.spawn(_train, (str(tmp_path), backend), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+def test_two_processes_train_the_fused_network_as_the_plain_one(backend, device, tmp_path):
+    torch.multiprocessing.spawn(_train, (str(tmp_path), backend, device), nprocs=RANKS)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", map_location="cpu") for rank in range(RANKS)]
     for plain, fused in ranks:
         assert fused.keys() == plain.keys()
         for name, value in fused.items():

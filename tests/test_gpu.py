@@ -1,9 +1,13 @@
 """What only a GPU shows: streams, graphs, several devices, synchronisation. The rest of the suite runs there, too."""
 
+import copy
+import multiprocessing
+
 import pytest
 import torch
+from torch import nn
 
-from resnet_fused import use_backend
+from resnet_fused import FusedResidual, use_backend
 from resnet_fused.functional import batch_norm_add_relu, batch_norm_relu
 
 from .problem import Problem
@@ -86,9 +90,75 @@ def test_a_graph_replays_the_same_bits_beside_other_graphs_and_calls(layout):
     assert all(map(torch.equal, beside, expected[0]))
 
 
+def test_a_graph_gives_its_memory_back(layout):
+    step = _step(_problem(layout=layout))
+    step()
+    before = torch.cuda.memory_allocated()
+    graph, results = _captured(step)
+    graph.replay()
+    torch.cuda.synchronize()
+    del graph, results
+    assert torch.cuda.memory_allocated() == before
+
+
+def _network(device="cuda"):
+    blocks = FusedResidual(8, 8), FusedResidual(8, 16, use_1x1conv=True, strides=2)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).to(device, torch.float64)
+
+
+def _assert_trains_alike(forward, model, eager):
+    """Three steps of ``forward``, of the model, leave it as they leave eager's."""
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, eager)]
+    for _ in range(3):
+        images = torch.randn(4, 8, 12, 12, dtype=torch.float64, device="cuda")
+        target = torch.randn(4, 3, dtype=torch.float64, device="cuda")
+        for call, optimizer in zip((forward, eager), optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(call(images), target).backward()
+            optimizer.step()
+    for (name, value), expected in zip(model.state_dict().items(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-8, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", pytest.param("max-autotune", marks=pytest.mark.slow)])
+def test_torch_compile_trains_as_eager(mode):
+    eager = _network()
+    model = copy.deepcopy(eager)
+    _assert_trains_alike(torch.compile(model, mode=mode), model, eager)
+
+
+def test_graphed_callables_train_as_eager():
+    eager = _network()
+    model = copy.deepcopy(eager)
+    state = copy.deepcopy(model.state_dict())
+    images = torch.randn(4, 8, 12, 12, dtype=torch.float64, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(model, (images,))
+    with torch.no_grad():  # warming up has moved the statistics
+        for name, value in model.state_dict().items():
+            value.copy_(state[name])
+    _assert_trains_alike(graphed, model, eager)
+
+
+def _raises(step, raised):
+    try:
+        step()
+    except RuntimeError:
+        raised.set()
+
+
+def test_a_forked_child_raises():
+    step, context = _step(_problem()), multiprocessing.get_context("fork")
+    step()
+    raised = context.Event()
+    child = context.Process(target=_raises, args=(step, raised))
+    child.start()
+    child.join(60)
+    child.kill()
+    assert raised.is_set()
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_step_does_not_wait_for_the_gpu(momentum):
-
     problem = _problem()
     counter = torch.tensor(3, device="cuda")
     x = problem.input.requires_grad_()
@@ -108,9 +178,11 @@ def test_a_step_does_not_wait_for_the_gpu(momentum):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_tensor_on_another_device_than_the_current_one():
     problem = _problem(device="cuda:1")
-    assert torch.cuda.current_device() == 0
-    assert problem.check()["output"].device == torch.device("cuda:1")
-    assert torch.cuda.current_device() == 0
+    for stream in (torch.cuda.default_stream(1), torch.cuda.Stream(1)):
+        stream.wait_stream(torch.cuda.default_stream(1))
+        with torch.cuda.stream(stream), torch.cuda.device(0):
+            assert problem.check()["output"].device == torch.device("cuda:1")
+            assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.slow
