@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
 SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
-.PHONY: setup test test-all test-slow mutate bench lint format clean
+.PHONY: setup test test-all test-slow mutate bench bench-gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -47,6 +47,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.shares --json $(RESULTS)/shares.json
 	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(BIN)/python -m benchmarks.train --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
+
+# On a machine with a GPU, nvcc, torch and, maybe, no network: by its own $(PYTHON), for its own GPU alone.
+CAPABILITY = $(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+bench-gpu:
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=$$($(CAPABILITY)) $(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu --json $(RESULTS)/gpu.json --markdown $(RESULTS)/gpu.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.benchmark import Timer
-from tqdm import tqdm
 
 import resnet_fused
 
@@ -164,10 +163,10 @@ def autocast(function, device, dtype):
     return torch.autocast(device.type, DTYPES[dtype])(function) if is_half(dtype) else function
 
 
-def compiled(function):
+def compiled(function, mode="default"):
     """``function`` under torch.compile, for one set-up's shapes. Compiled at its first call."""
     torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 # Timing
@@ -194,6 +193,11 @@ def _gpu_timer(call):
         return start.elapsed_time(end) / 1e3 / calls
 
     return seconds
+
+
+def timer_of(args, case):
+    on_gpu = args.device.type == "cuda" and case.phase != "host_overhead"
+    return _gpu_timer if on_gpu else _host_timer
 
 
 def _on_its_backend(provider, timer):
@@ -265,16 +269,21 @@ def _providers_of(case, args):
     return chosen
 
 
+def run_case(args, case):
+    """Set the case up and measure the providers asked for; returns their rows."""
+    torch.manual_seed(0)
+    providers = _providers_of(case, args)
+    return make_rows(args, case, providers, measure(providers, args.rounds, args.seconds, timer_of(args, case)))
+
+
 def run(args, cases):
-    """Set up and measure every case with the threads and providers asked for; returns the rows."""
+    """Every case, with the threads asked for; returns the rows."""
+    from tqdm import tqdm  # here, as benchmarks.gpu is to need nothing but torch
+
     rows = []
     for threads, case in tqdm(list(itertools.product(args.threads, cases)), desc=args.bench, disable=None):
         torch.set_num_threads(threads)
-        torch.manual_seed(0)
-        providers = _providers_of(case, args)
-        on_gpu = args.device.type == "cuda" and case.phase != "host_overhead"
-        timer_of = _gpu_timer if on_gpu else _host_timer
-        rows += make_rows(args, case, providers, measure(providers, args.rounds, args.seconds, timer_of))
+        rows += run_case(args, case)
     return rows
 
 

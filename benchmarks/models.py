@@ -7,7 +7,6 @@ the first layout.
 import functools
 
 import torch
-from tqdm import tqdm
 
 from resnet_fused import fuse
 
@@ -79,8 +78,9 @@ def count_saved(args, name, dtype):
         variants.append(("torch.compile", args.memory_format[0]))
     rows = []
     for provider, layout in variants:
-        network = resnet18.Network(models[provider], args.device, dtype, layout, compile=provider == "torch.compile")
-        if provider == "torch.compile":
+        compile = "default" if provider == "torch.compile" else None
+        network = resnet18.Network(models[provider], args.device, dtype, layout, compile)
+        if compile:
             network.train_step(images, labels)  # compiled without the counting hooks
         saved = saved_bytes(network.model, images, labels, forward=network.loss)
         rows.append(
@@ -111,6 +111,8 @@ def plot(args, machine, rows, saved):
 
 
 def main(argv=None):
+    from tqdm import tqdm  # see harness.run
+
     parser = harness.make_parser("models", __doc__, 32, (*OPTIONS, "torch.compile"))
     harness.add_image_size(parser)
     parser.add_argument(

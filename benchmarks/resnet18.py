@@ -18,14 +18,14 @@ IMAGES_PER_SECOND = {"images/s": lambda row: f"{row['shape'][0] / row['median_ms
 
 
 class Network:
-    """A model built from seed 0, with its optimizer."""
+    """A model built from seed 0, with its optimizer. ``compile``: torch.compile's mode."""
 
-    def __init__(self, make_model, device, dtype, memory_format, compile=False):
+    def __init__(self, make_model, device, dtype, memory_format, compile=None):
         torch.manual_seed(0)
         self.model = make_model()
         self.model.to(device, harness.parameter_dtype(dtype), memory_format=harness.MEMORY_FORMATS[memory_format])
         forward = harness.autocast(self.model, device, dtype)
-        self.forward = harness.compiled(forward) if compile else forward
+        self.forward = harness.compiled(forward, compile) if compile else forward
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
 
     def loss(self, images, labels):
@@ -55,7 +55,8 @@ def setup(models, device, memory_formats, shape, dtype, phase):
     labels = torch.randint(10, shape[:1], device=device)
 
     def provider(name, make_model, memory_format, backend):
-        network = Network(make_model, device, dtype, memory_format, compile=name == "torch.compile")
+        compile = "default" if name == "torch.compile" else None
+        network = Network(make_model, device, dtype, memory_format, compile)
         network.model.train(phase == "train_step")
         calls = {
             "train_step": functools.partial(network.train_step, images, labels),

@@ -16,7 +16,6 @@ import os
 import random
 import statistics
 
-import psutil
 import torch
 import torch.nn.functional as F
 
@@ -89,7 +88,7 @@ def rotating_bytes():
 def setup(device, shape, dtype, memory_format, phase, case="batch_norm_add_relu", cold=False):
     """The providers at one shape; roughly half of the outputs are clipped."""
     size = math.prod(shape) * harness.DTYPES[dtype].itemsize
-    sets = min(MOST_SETS[device.type], -(-rotating_bytes() // (6 * size))) if cold or device.type == "cuda" else 1
+    sets = min(MOST_SETS[device.type], -(-rotating_bytes() // (6 * size))) if cold else 1
     arguments = device, shape, dtype, memory_format, phase, case == "batch_norm_add_relu"
     one_each = zip(*(_providers(*arguments) for _ in range(sets)), strict=True)
     return [dataclasses.replace(same[0], call=_taking_turns([p.call for p in same])) for same in one_each]
@@ -161,6 +160,8 @@ def cases(args):
         shapes = [(args.batch_size, channels, side, side) for channels, side in STAGES]
         phases = PHASES
     else:
+        import psutil  # see harness.run
+
         available = psutil.virtual_memory().available if args.device.type == "cpu" else torch.cuda.mem_get_info()[0]
         sizes = [size for size in args.sizes or SWEEP if 24 * size < available]  # measured: 22 at the peak
         print(f"sizes: {', '.join(map(str, sizes))} bytes per tensor, as far as memory allows")
@@ -170,7 +171,8 @@ def cases(args):
         if args.sizes is not None:
             shapes = [shape_of_size(size, harness.DTYPES[dtype].itemsize) for size in sizes]
         for name, memory_format, shape, phase in itertools.product(names, args.memory_format, shapes, phases):
-            make = functools.partial(setup, args.device, shape, dtype, memory_format, phase, name, args.cold)
+            cold = args.cold or args.device.type == "cuda"
+            make = functools.partial(setup, args.device, shape, dtype, memory_format, phase, name, cold)
             result.append(harness.Case(name, shape, dtype, phase, make))
     return result
 

@@ -88,3 +88,58 @@ def test_benchmark_without_times_writes_its_results(name, key, tmp_path):
         figures = result["milliseconds"].values() if name == "shares" else [result["peak_mebibytes"]]
         assert all(figure > 0 for figure in figures)
     assert {"eager", "fused"} == {result["provider"] for result in written[key]}
+
+
+NCU = """#!/bin/sh
+echo '==PROF== Connected to process 1'
+echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","void statistics<float, (int)4>(Forward)","dram__bytes_read.sum","Mbyte","12.5"'
+echo '"0","void statistics<float, (int)4>(Forward)","smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio","inst","0.5"'
+echo '"0","void statistics<float, (int)4>(Forward)","smsp__average_warps_issue_stalled_wait_per_issue_active.ratio","inst","1,002.5"'
+"""  # noqa: E501
+
+
+def test_the_gpu_benchmark_reports_all_its_sections(tmp_path, monkeypatch):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(NCU)
+    ncu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    results, report = tmp_path / "gpu.json", tmp_path / "gpu.md"
+    small = ["--emulated", "--dtype", "float32", "--memory-format", "contiguous", "--threads", "1", "--no-mallopt"]
+    importlib.import_module("benchmarks.gpu").main([*small, "--json", str(results), "--markdown", str(report)])
+    written = json.loads(results.read_text())
+    for name in ("tests", "tail", "models", "memory", "profile"):
+        assert written[name]["rows"] and not written[name]["note"], name
+        assert f"\n## {name}\n\n| " in report.read_text()
+    assert {row["backend"] for row in written["tail"]["rows"]} == {"eager", "cuda-emulated"}
+    assert {row["tensors"] for row in written["tail"]["rows"]} == {"hot", "cold"}
+    assert [row["backend"] for row in written["models"]["rows"]] == ["eager", "cuda-emulated"]
+    kernel = written["profile"]["rows"][0]
+    assert (kernel["kernel"], kernel["read"]) == ("0 statistics", "12.5 Mbyte")
+    assert kernel["stalls"] == "wait 1002.5, barrier 0.5"
+
+
+def test_a_section_that_fails_or_takes_too_long_leaves_the_others(monkeypatch):
+    gpu = importlib.import_module("benchmarks.gpu")
+
+    def fails(args, size):
+        yield {"row": 1}
+        raise RuntimeError("no luck")
+
+    def endless(args, size):
+        while True:
+            yield {}
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"fails": fails, "endless": endless})
+    monkeypatch.setattr(gpu, "SECONDS", {"fails": 0, "endless": 0.1})
+    results = gpu.run_sections(None, None)
+    assert results["fails"] == ([{"row": 1}], "ended by its time limit")
+    monkeypatch.setattr(gpu, "SECONDS", {"fails": 60, "endless": -59.9})
+    results = gpu.run_sections(None, None)
+    assert results["fails"] == ([{"row": 1}], "RuntimeError: no luck")
+    assert results["endless"][1] == "ended by its time limit"
+
+
+@pytest.mark.parametrize("largest", [0, 8, 24, 1000])
+def test_the_largest_batch_is_found(largest):
+    assert importlib.import_module("benchmarks.gpu").largest_batch(lambda batch: batch <= largest + 7) == largest
