@@ -29,6 +29,15 @@ def emulation():
     assert module.allocations() == before
 
 
+def _to_device(tensor, device):
+    emulation = cuda_on_cpu.load()
+    before = emulation.current_device()
+    emulation.set_device(device)
+    memory = emulation.Memory(tensor.nbytes + 8)  # torch.frombuffer takes no empty one
+    emulation.set_device(before)
+    return torch.frombuffer(memory, dtype=torch.float32).as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
 class Step:
     """A training step on tensors that stay where they are."""
 
@@ -37,7 +46,7 @@ class Step:
         tensors = [problem.input, problem.residual, problem.weight, problem.bias]
         tensors += [problem.running_mean, problem.running_var, problem.grad_output]
         if device:
-            tensors = [cuda_on_cpu.load().to_device(tensor, device) for tensor in tensors]
+            tensors = [_to_device(tensor, device) for tensor in tensors]
         *self.leaves, self.running_mean, self.running_var, self.grad_output = tensors
         for leaf in self.leaves:
             leaf.requires_grad_()

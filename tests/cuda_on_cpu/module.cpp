@@ -3,14 +3,23 @@
 #undef TORCH_TARGET_VERSION  // it closes torch 2.10's pybind11, which is no part of the stable ABI
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include "../../csrc/cuda/plan.h"
 #include "emulator.h"
-#include "torch_cuda.h"
 
 namespace py = pybind11;
 using resnet_fused::cuda::Plan;
+
+// Of the current device, for torch.frombuffer.
+struct Memory {
+  explicit Memory(size_t size)
+      : data(static_cast<char*>(emulation::allocate(size, emulation::lane_of(nullptr)))), size(size) {}
+  ~Memory() { emulation::release(data); }
+  Memory(const Memory&) = delete;
+
+  char* const data;
+  const ssize_t size;
+};
 
 PYBIND11_MODULE(_cuda_on_cpu, m) {
   py::class_<emulation::Counters>(m, "Counters")
@@ -31,7 +40,9 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("current_device", [] { return current_device(); });
   m.def("set_device", [](int device) { current_device() = device; });
   m.def("set_stream", [=](intptr_t stream) { current_stream(current_device()) = stream_of(stream); });
-  m.def("to_device", &emulation::to_device);
+  py::class_<Memory>(m, "Memory", py::buffer_protocol()).def(py::init<size_t>()).def_buffer([](const Memory& memory) {
+    return py::buffer_info(memory.data, memory.size);
+  });
   m.def("allocations", &emulation::allocations);
   m.def("before_next_launch", &emulation::before_next_launch);
   m.def("fail_launch", [](int error, int after) { emulation::fail_launch(static_cast<cudaError_t>(error), after); });

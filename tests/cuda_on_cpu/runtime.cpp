@@ -38,9 +38,7 @@ CUstream_st& stream_of(cudaStream_t handle) {
   }
   if (handle != cudaStreamPerThread) return *handle;
   thread_local std::map<int, CUstream_st> per_thread;
-  const auto found = per_thread.find(device);
-  return found != per_thread.end() ? found->second
-                                   : per_thread.emplace(device, CUstream_st{{device, new_id(), 0}}).first->second;
+  return per_thread.try_emplace(device, CUstream_st{{device, new_id(), 0}}).first->second;
 }
 
 std::vector<cudaStream_t> destroyed;  // handles, which new streams get
@@ -53,8 +51,8 @@ std::function<void()> meanwhile;
 
 // ---- Memory ----
 
-std::map<const char*, Allocation> memory;  // by its end
-std::deque<char*> released;                // the last ones, whose memory is kept
+auto& memory = *new std::map<const char*, Allocation>;  // by its end; tensors may be freed while the process exits
+auto& released = *new std::deque<char*>;                // the last ones, whose memory is kept
 constexpr size_t kKept = 64;
 
 void keep(Allocation& allocation) {
@@ -108,15 +106,18 @@ void destroy_stream(cudaStream_t stream) {
 Lane lane_of(cudaStream_t stream) { return stream_of(stream).lane; }
 
 void enqueue(cudaStream_t handle, std::function<void(const Lane&)> work) {
-  if (const auto others = std::exchange(meanwhile, nullptr)) others();
+  std::unique_lock<std::recursive_mutex> lock(mutex());
+  const auto others = std::exchange(meanwhile, nullptr);
+  lock.unlock();
+  if (others) others();
   CUstream_st& stream = stream_of(handle);
-  if (before_error-- == 0) last_error = std::exchange(next_error, cudaSuccess);
+  if (next_error != cudaSuccess && before_error-- == 0) last_error = std::exchange(next_error, cudaSuccess);
   if (stream.lane.device != current_device()) last_error = cudaErrorInvalidResourceHandle;
   if (last_error != cudaSuccess) return;
   if (stream.graph != nullptr) {
     stream.graph->work_.push_back([work = std::move(work), lane = stream.lane] { work(lane); });
   } else {
-    const std::lock_guard<std::recursive_mutex> lock(mutex());
+    lock.lock();
     work(stream.lane);
   }
 }

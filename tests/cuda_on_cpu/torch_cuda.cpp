@@ -6,33 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include "runtime.h"
-#include "torch_cuda.h"
 
-using emulation::current_device;
-
-namespace emulation {
-namespace {
-
-at::Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type, int device) {
-  const int before = std::exchange(current_device(), device);
-  void* const data = allocate(c10::multiply_integers(sizes) * c10::elementSize(type), lane_of(current_stream(device)));
-  current_device() = before;
-  return at::from_blob(data, sizes, strides, release, type);
-}
-
-int device_of(const at::Tensor& tensor) {
-  const std::lock_guard<std::recursive_mutex> lock(mutex());
-  const Allocation* const allocation = find(tensor.storage().data());
-  return allocation == nullptr ? 0 : allocation->lane.device;
-}
-
-}  // namespace
-
-at::Tensor to_device(const at::Tensor& tensor, int device) {
-  return empty_strided(tensor.sizes(), tensor.strides(), tensor.scalar_type(), device).copy_(tensor);
-}
-
-}  // namespace emulation
+using namespace emulation;
 
 struct DeviceGuardOpaque {
   int before;
@@ -44,17 +19,23 @@ AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* type) {
 }
 
 AOTITorchError aoti_torch_get_device_index(AtenTensorHandle tensor, int32_t* index) {
-  *index = emulation::device_of(*reinterpret_cast<at::Tensor*>(tensor));
+  const std::lock_guard<std::recursive_mutex> lock(mutex());
+  const Allocation* const allocation = find(reinterpret_cast<at::Tensor*>(tensor)->storage().data());
+  *index = allocation == nullptr ? 0 : allocation->lane.device;
   return AOTI_TORCH_SUCCESS;
 }
 
+// As torch's allocator does, for the device's current stream.
 AOTITorchError aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type,
-                                        int32_t, int32_t device, AtenTensorHandle* result) {
-  const auto length = static_cast<size_t>(dim);
+                                        int32_t, int32_t device, AtenTensorHandle* tensor) {
+  const at::IntArrayRef shape(sizes, static_cast<size_t>(dim)), steps(strides, static_cast<size_t>(dim));
   const at::ScalarType scalar_type = static_cast<at::ScalarType>(type);
-  at::Tensor tensor = emulation::empty_strided({sizes, length}, {strides, length}, scalar_type, device);
-  emulation::expect_written(tensor.storage().mutable_data());
-  *result = reinterpret_cast<AtenTensorHandle>(new at::Tensor(std::move(tensor)));
+  const int before = std::exchange(current_device(), device);
+  void* const data =
+      allocate(c10::multiply_integers(shape) * c10::elementSize(scalar_type), lane_of(current_stream(device)));
+  current_device() = before;
+  expect_written(data);
+  *tensor = reinterpret_cast<AtenTensorHandle>(new at::Tensor(at::from_blob(data, shape, steps, release, scalar_type)));
   return AOTI_TORCH_SUCCESS;
 }
 
@@ -70,6 +51,6 @@ AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard) {
 }
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
-  *stream = emulation::current_stream(device);
+  *stream = current_stream(device);
   return AOTI_TORCH_SUCCESS;
 }
