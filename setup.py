@@ -150,6 +150,10 @@ def build() -> tuple[list, dict]:
     major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
     target = ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")
     flags = ["-std=c++17", "-O3"]
+    # After whatever CFLAGS says, when linked too: fast math breaks the rules of NaN, and flushes subnormals process-wide.
+    # And errors are not to tell the builder's path.
+    strict = ["-fno-fast-math"]
+    cxx_flags = [*flags, *strict, "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
     extensions = [
         CppExtension(
             "resnet_fused._C",
@@ -157,8 +161,7 @@ def build() -> tuple[list, dict]:
             depends=files("**/*.*"),  # a source distribution holds them, CUDA's too, wherever it was made
             define_macros=[target],
             extra_compile_args=[
-                *flags,
-                "-fvisibility=hidden",
+                *cxx_flags,
                 "-fopenmp-simd",
                 # The order of operations is part of the interface (csrc/cpu/kernels_impl.h).
                 "-ffp-contract=off",
@@ -166,6 +169,7 @@ def build() -> tuple[list, dict]:
                 "-fno-trapping-math",
                 "-fno-math-errno",
             ],
+            extra_link_args=strict,
         )
     ]
     if builds_cuda(nvcc):
@@ -180,9 +184,10 @@ def build() -> tuple[list, dict]:
                 # USE_CUDA: for the current stream, in the stable ABI's headers.
                 define_macros=[target, ("USE_CUDA", None), ("RESNET_FUSED_CUDA_ARCHITECTURES", f'"{architectures}"')],
                 extra_compile_args={
-                    "cxx": [*flags, "-fvisibility=hidden"],
+                    "cxx": cxx_flags,
                     "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden", "--threads", os.environ["MAX_JOBS"]],
                 },
+                extra_link_args=strict,
             )
         )
     return extensions, {"build_ext": Build}

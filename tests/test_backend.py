@@ -150,6 +150,19 @@ def test_auto_falls_back_to_eager_with_one_warning(registry):
         _call()
 
 
+def test_the_package_may_be_imported_a_second_time_in_one_process():
+    code = """
+import sys, torch, resnet_fused
+for name in [name for name in sys.modules if name.startswith("resnet_fused")]:
+    del sys.modules[name]
+import resnet_fused as again
+assert again is not resnet_fused
+print(again.functional.batch_norm_relu(torch.ones(4, 3), None, None, training=True).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0.0", done.stderr
+
+
 def test_a_further_backend_joins_by_register(registry):
     backend_module.register("cpu-again", "resnet_fused", ("cpu",))
     assert "cpu-again" in available_backends()

@@ -34,6 +34,7 @@ exec(open("setup.py").read())
 from torch.utils.cpp_extension import CUDA_HOME
 print(json.dumps({{
     "built": {{extension.name: extension.sources for extension in extensions}},
+    "arguments": [[extension.extra_compile_args, extension.extra_link_args] for extension in extensions],
     "depends": extensions[0].depends,
     "CUDA_HOME": CUDA_HOME,
     "architectures": os.environ.get("TORCH_CUDA_ARCH_LIST"),
@@ -122,6 +123,15 @@ def test_beside_a_torch_without_cuda_only_force_cuda_1_is_refused(tmp_path):
     assert list(_report(CPU_TORCH, nvcc)["built"]) == ["resnet_fused._C"]
     message = _refusal(CPU_TORCH, nvcc, FORCE_CUDA="1")
     assert f"FORCE_CUDA=1, but torch {torch.__version__} is built without CUDA: install a CUDA build" in message
+
+
+@needs_cuda_torch
+def test_fast_math_in_cflags_is_undone_and_the_builders_path_left_out(tmp_path):
+    """Where it compiles, and where it links, which would flush subnormals; CFLAGS stand before these arguments."""
+    for compile_args, link_args in _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), CFLAGS="-ffast-math")["arguments"]:
+        cxx = compile_args if isinstance(compile_args, list) else compile_args["cxx"]
+        assert {"-fno-fast-math", f"-ffile-prefix-map={ROOT}/="} <= set(cxx)
+        assert "-fno-fast-math" in link_args
 
 
 def test_another_value_of_force_cuda_is_refused():

@@ -64,9 +64,7 @@ NEEDED["normalized"] = ("input", "bias", "residual", "residual_weight", "residua
 
 
 @pytest.mark.parametrize(("call", "with_residual"), CALLS)
-def test_an_op_writes_to_what_its_schema_says(
-    backend, device, dtype, layout, training, call, with_residual
-):
+def test_an_op_writes_to_what_its_schema_says(backend, device, dtype, layout, training, call, with_residual):
     """Of tensors that require no gradient: autograd lies above the raw ops."""
     ops, options = get(backend).ops, {"training": training, "residual_momentum": None}
     problem = Problem.random((4, 6, 5, 3), dtype, layout, device, with_residual, **options).with_input_bias()

@@ -46,8 +46,6 @@ _SCHEMAS = (
     f"{_GRADIENTS}, Tensor grad_residual, {_of_residual(_GRADIENTS)})",
 )
 
-_library = torch.library.Library(NAMESPACE, "DEF")
-
 
 def _on_first_call(name):
     """The op of that name; imports Triton, which takes a third of a second, when it is called."""
@@ -59,6 +57,7 @@ def _on_first_call(name):
 
 
 for _schema in _SCHEMAS:
-    _name = _library.define(_schema)
-    for _device_type in DEVICE_TYPES:
-        _library.impl(_name, _on_first_call(_name), _device_type.upper())
+    _name, _, _signature = _schema.partition("(")
+    if not hasattr(getattr(torch.ops, NAMESPACE), _name):  # else this is a second import in one process
+        torch.library.define(f"{NAMESPACE}::{_name}", f"({_signature}")
+        torch.library.impl(f"{NAMESPACE}::{_name}", DEVICE_TYPES, _on_first_call(_name))
