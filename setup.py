@@ -150,7 +150,7 @@ def build() -> tuple[list, dict]:
     major, minor = (int(part) for part in MINIMUM_TORCH.split("."))
     target = ("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000")
     flags = ["-std=c++17", "-O3"]
-    # After whatever CFLAGS says, when linked too: fast math breaks the rules of NaN, and flushes subnormals process-wide.
+    # After whatever CFLAGS says: fast math breaks the rules of NaN, and, linked, flushes the process's subnormals.
     # And errors are not to tell the builder's path.
     strict = ["-fno-fast-math"]
     cxx_flags = [*flags, *strict, "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
