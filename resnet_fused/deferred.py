@@ -60,12 +60,6 @@ def settle(statistics):
 class Call:
     """``layer(input)``, of which nothing has been computed, and what it was called under."""
 
-    __slots__ = (
-        *("learned", "input", "norm", "training", "ops", "under", "version", "thread", "owes", "token"),
-        *("output", "output_version", "is_used", "is_stale", "__weakref__"),
-    )
-    residual = None
-
     def __init__(self, learned, input, norm, training, ops):
         self.learned, self.input, self.norm, self.training, self.ops = learned, input, norm, training, ops
         self.owes = False  # an update of the statistics
@@ -103,7 +97,7 @@ class Call:
     def __del__(self):  # an output that nobody has used counts, too
         if self.owes:
             with torch.no_grad():
-                self.normalized(*self.tensors())
+                self.of(*self.tensors())
 
     def is_open(self):
         """Whether it may still be fused."""
@@ -112,13 +106,10 @@ class Call:
     def tensors(self):
         return self.input, self.norm.weight, self.norm.bias
 
-    def normalized(self, input, weight, bias):
+    def of(self, input, weight, bias):
         """What the plain layer computes of these; the first time it updates the statistics."""
         if self._version() != self.version:
-            raise RuntimeError(
-                f"{self.learned.name}: the input or a parameter of this batch norm was changed in place before its "
-                "output was used, for which fuse had put it off: leave the layer out by filter_fn, or unfuse the model"
-            )
+            raise self.learned.error("its input or a parameter was changed in place before its output was used")
         norm, momentum = self.norm, self.norm.momentum
         running = norm.running_mean, norm.running_var
         if self.training and not self.pay():
@@ -127,10 +118,6 @@ class Call:
             norm.num_batches_tracked.add_(1)
             momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
         return F.batch_norm(input, *running, weight, bias, self.training, momentum or 0.0, norm.eps)
-
-    def again(self, tensors):
-        """The same of other tensors, once it has been made or fused: nothing is updated."""
-        return self.normalized(*tensors)
 
     @contextlib.contextmanager
     def as_called(self):
@@ -147,7 +134,7 @@ class Call:
         """What the plain layer gives."""
         if self.output is None:
             with self.as_called():
-                self.output = self.normalized(*self.tensors())
+                self.output = self.of(*self.tensors())
             self.output_version = self.output._version
             self.ends_with(self.output)
         return self.output
@@ -156,7 +143,7 @@ class Call:
         """What the plain layer gave, whoever may have written to it since."""
         if self.output is not None and self.output._version != self.output_version:
             with self.as_called():
-                return self.normalized(*self.tensors())
+                return self.of(*self.tensors())
         return self.make()
 
     def ends_with(self, output):
@@ -189,15 +176,10 @@ class Call:
 class Sum:
     """``call + residual``, the residual a tensor or a call itself."""
 
-    __slots__ = ("call", "residual", "version", "output", "is_stale")
-
     def __init__(self, call, residual):
-        self.call, self.residual, self.output, self.is_stale = call, residual, None, False
+        self.call, self.learned, self.input, self.residual = call, call.learned, call.input, residual
         self.version = 0 if isinstance(residual, Call) else residual._version
-
-    @property
-    def learned(self):
-        return self.call.learned
+        self.output, self.is_stale = None, False
 
     def is_open(self):
         residual = self.residual
@@ -208,9 +190,9 @@ class Sum:
         residual = self.residual
         return *self.call.tensors(), *(residual.tensors() if isinstance(residual, Call) else (residual,))
 
-    def again(self, tensors):
-        residual = self.residual.again(tensors[3:]) if isinstance(self.residual, Call) else tensors[3]
-        return self.call.again(tensors[:3]) + residual
+    def of(self, input, weight, bias, *residual):
+        residual = self.residual.of(*residual) if isinstance(self.residual, Call) else residual[0]
+        return self.call.of(input, weight, bias) + residual
 
     def make(self):
         if self.output is None:
@@ -218,10 +200,7 @@ class Sum:
             if isinstance(residual, Call):
                 residual.learned.refuse(self.learned.reason)
             elif residual._version != self.version:
-                raise RuntimeError(
-                    f"{self.learned.name}: what was added to this batch norm's output was changed in place before the "
-                    "sum was used, for which fuse had put it off: leave the layer out by filter_fn, or unfuse the model"
-                )
+                raise self.learned.error("what was added to its output was changed in place before the sum was used")
             with self.call.as_called():
                 self.output = self.call.value() + (residual.value() if isinstance(residual, Call) else residual)
         return self.output
@@ -246,15 +225,12 @@ class Promise(torch.autograd.Function):
     def backward(ctx, grad):
         tail, needed = ctx.tail, ctx.needs_input_grad[1:]
         if tail.is_stale:
-            raise RuntimeError(
-                f"{tail.learned.name}: this batch norm's output was changed in place, and then used under its old "
-                "name by what fuse cannot see: leave the layer out by filter_fn, or unfuse the model"
-            )
+            raise tail.learned.error("its output was changed in place, and used under its old name by what is not seen")
         tail.make()
         # Of aliases: a batch norm's input may depend on the residual, which would be counted twice.
         with torch.enable_grad():
             tensors = [tensor if tensor is None else tensor.view_as(tensor) for tensor in ctx.tensors]
-            output = tail.again(tensors)
+            output = tail.of(*tensors)
         wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
         grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled()))
         return None, *(next(grads) if is_needed else None for is_needed in needed)
@@ -269,7 +245,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, tail):
-        x = (tail.call if type(tail) is Sum else tail).input
+        x = tail.input
         self = Tensor._make_wrapper_subclass(cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
         self.tail = tail
         return self
@@ -425,6 +401,11 @@ class Learned:
 
     def refuse(self, reason):
         self.reason = self.reason or reason
+
+    def error(self, what):
+        return RuntimeError(
+            f"{self.name}, a batch norm that fuse put off: {what}; leave it out by filter_fn, or unfuse"
+        )
 
     def state(self):
         if self.reason is not None:

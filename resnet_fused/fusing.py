@@ -24,15 +24,11 @@ Left = namedtuple("Left", ("name", "class_name", "reason"))
 
 
 class _Entry(NamedTuple):
-    """A batch norm, and what tells its state now."""
+    """A batch norm, the name and class of the module that holds it, and what tells its state now."""
 
     name: str
-    parent_class: str
+    parent: tuple[str, str]
     state: Callable[[], str]
-
-    @property
-    def parent(self):
-        return self.name.rpartition(".")[0], self.parent_class
 
     @property
     def child(self):
@@ -57,7 +53,7 @@ class Report:
 
     def __init__(self, entries=(), unfused=()):
         self._entries = entries
-        self.unfused = _grouped(unfused)
+        self.unfused = _fused(unfused)
 
     @property
     def layers(self):
@@ -67,25 +63,19 @@ class Report:
 
     @property
     def fused(self):
-        return _grouped(entry for entry in self._entries if not entry.state().startswith("plain: "))
+        return _fused(entry for entry in self._entries if not entry.state().startswith("plain: "))
 
     @property
     def left(self):
-        reasons = {}
-        for entry in self._entries:
-            kind, _, reason = entry.state().partition("plain: ")
-            if not kind:
-                reasons.setdefault(entry.parent, {}).setdefault(reason, []).append(entry.child)
-        told = {
-            parent: [f"{', '.join(names)}: {why}" for why, names in told.items()] for parent, told in reasons.items()
-        }
-        return [Left(*parent, "; ".join(lines)) for parent, lines in told.items()]
+        states = [(entry, entry.state()) for entry in self._entries]
+        left = _grouped(((*entry.parent, state[7:]), entry) for entry, state in states if state.startswith("plain: "))
+        return [Left(*parent, f"{', '.join(children)}: {reason}") for (*parent, reason), children in left]
 
     def __str__(self):
-        fused, left = self.fused, self.left
+        fused = self.fused
         lines = [] if fused or self.unfused else ["nothing was changed"]
         title_of_fused = f"fused {sum(len(module.batch_norms) for module in fused)} batch norms:"
-        for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), ("left:", left)):
+        for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), ("left:", self.left)):
             lines += [title] if modules else []
             for name, class_name, details in modules:
                 details = details if isinstance(details, str) else ", ".join(details)
@@ -94,17 +84,19 @@ class Report:
 
     def to_dict(self):
         """The same in lists, dicts and strings, for JSON."""
-        modules = {
-            title: [module._asdict() for module in getattr(self, title)] for title in ("fused", "unfused", "left")
-        }
-        return {**modules, "layers": self.layers}
+        modules = {"fused": self.fused, "unfused": self.unfused, "left": self.left}
+        return {title: [m._asdict() for m in of_title] for title, of_title in modules.items()} | {"layers": self.layers}
 
 
 def _grouped(entries):
-    modules = {}
-    for entry in entries:
-        modules.setdefault(entry.parent, []).append(entry.child)
-    return [Fused(*parent, tuple(names)) for parent, names in modules.items()]
+    groups = {}
+    for key, entry in entries:
+        groups.setdefault(key, []).append(entry.child)
+    return groups.items()
+
+
+def _fused(entries):
+    return [Fused(*parent, tuple(names)) for parent, names in _grouped((entry.parent, entry) for entry in entries)]
 
 
 def fuse(model, filter_fn=None, *, memory_efficient=False, example_inputs=None):
@@ -231,7 +223,8 @@ def _restore(module):
 
 
 def _entry(model, name, state=str):
-    return _Entry(name, model.get_submodule(name.rpartition(".")[0]).__class__.__name__, state)
+    parent = name.rpartition(".")[0]
+    return _Entry(name, (parent, model.get_submodule(parent).__class__.__name__), state)
 
 
 def _named_modules(model):

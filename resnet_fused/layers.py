@@ -70,6 +70,10 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         learned = self._learned
         if learned.decide():
+            if input.is_cpu and not self.training and not torch.is_grad_enabled():
+                # The operator wins nothing there in a network: the next convolution reads a colder tensor (0.96 to 1.04
+                # of eager's speed on three CPUs).
+                return super().forward(input)
             self._check_input_dim(input)
             try:
                 return defer(Call(learned, input, *batch_norm_of(self), ops))
