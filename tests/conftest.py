@@ -26,9 +26,11 @@ if IS_INTERPRETED:
     triton_on_cpu.convert_as_gpus_do()
     BACKENDS = {"triton": "cpu"}  # name -> device on which it is tested
     collect_ignore = ["test_triton_static.py", "test_resnet.py"]  # a step of a ResNet-18 takes minutes
+    ABOVE_THE_KERNELS = {"test_blocks", "test_compile", "test_ddp"}  # another backend stands for it
 else:
     BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}
     collect_ignore = ["test_triton_traffic.py"]
+    ABOVE_THE_KERNELS = set()
     if torch.cuda.is_available():
         BACKENDS |= {"cuda": "cuda", "triton": "cuda"}
 EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
@@ -46,6 +48,11 @@ def represented(values, by):
     return [value if value in by else pytest.param(value, marks=pytest.mark.expensive) for value in values]
 
 
+def represented_where_interpreted(values, by):
+    return represented(values, by if IS_INTERPRETED else values)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
 def pytest_collection_modifyitems(config, items):
     """Leave large shapes out where the backend is an emulated one, and what the other half of the suite has run."""
 
@@ -61,6 +68,9 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = [item for item in items if not is_left_out(item)]
+    for item in items:
+        if item.path.stem in ABOVE_THE_KERNELS:
+            item.add_marker("expensive")
 
 
 def _parameter(backend):
@@ -82,7 +92,10 @@ def device(backend):
     return BACKENDS[backend]
 
 
-@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.fixture(
+    params=represented_where_interpreted(DTYPES, by=[torch.float32]),
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 def dtype(request):
     return request.param
 

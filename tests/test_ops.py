@@ -141,7 +141,6 @@ SHAPES = [
     (20, 4, 16, 16),  # and in the half types
     (3, 10, 33, 33),  # an image of one chunk
     (2, 9, 130, 131),  # images of several chunks, of several pieces each
-    (3, 5, 601, 933),  # too large for the cache in every type: channel by channel, past the cache, from odd addresses
     (3, 728, 5, 5),  # several blocks of channels (Xception's width)
     (2, 1100, 2, 2),  # more channels than columns: several blocks in channels_last
     (16, 48),  # (N, C)
@@ -154,6 +153,22 @@ SHAPES = [
 def test_values_and_gradients_equal_the_reference(backend, device, dtype, layout, shape, training, with_residual):
     problem = Problem.random(shape, dtype, layout, device, with_residual, training=training)
     problem.check(clipped=(0.2, 0.8) if problem.input.numel() < 1000 else (0.3, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (3, 3, 601, 933)),
+        pytest.param(torch.float64, (3, 2, 601, 933), marks=pytest.mark.expensive),
+        pytest.param(torch.bfloat16, (3, 5, 601, 933), marks=pytest.mark.expensive),
+        pytest.param(torch.float16, (3, 5, 601, 933), marks=pytest.mark.expensive),
+    ],
+    ids=str,
+)
+def test_a_tensor_too_large_for_the_cache(backend, device, dtype, layout, shape, training, with_residual):
+    """Channel by channel, past the cache, from odd addresses."""
+    problem = Problem.random(shape, dtype, layout, device, with_residual, training=training)
+    problem.check(clipped=(0.2, 0.8))
 
 
 RESNET18_SHAPES = [(4, 64, 24, 24), (4, 128, 12, 12), (4, 256, 6, 6), (4, 512, 3, 3), (2, 64, 56, 56)]
