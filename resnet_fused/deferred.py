@@ -6,7 +6,7 @@ Whoever else touches it gets what the plain layer gives, made under what the lay
 import contextlib
 from threading import get_ident
 from typing import NamedTuple
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -395,6 +395,9 @@ class Learned:
         self.calls = 0  # that were watched
         self.watched = []  # their outputs, referenced weakly
         self.outstanding = 0  # calls that a backward may run again
+        self.is_compiled = False
+        self.number = id(self)  # what stands for it in a graph
+        _learned[self.number] = self
 
     def __deepcopy__(self, memo):  # a copy learns for itself
         return type(self)(self.name)
@@ -410,7 +413,8 @@ class Learned:
     def state(self):
         if self.reason is not None:
             return f"plain: {self.reason}"
-        return self.rectified if self.defers else "watched" if self.calls else "may fuse"
+        unknown = "watched" if self.calls else "plain: under torch.compile" if self.is_compiled else "may fuse"
+        return self.rectified if self.defers else unknown
 
     def token(self):
         """What is to live as long as a backward may run a call again: checkpointing counts what is saved."""
@@ -424,6 +428,17 @@ class Learned:
                 self.refuse("its output is kept")
             self.defers = self.rectified is not None and self.reason is None
         return self.defers
+
+
+_learned: WeakValueDictionary[int, Learned] = WeakValueDictionary()
+
+
+def note_compiled(number):
+    """A graph is being made of a call of the layer, for the report. Run when it is traced, and no part of it."""
+    _learned[number].is_compiled = True
+
+
+note_compiled._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, which would import dynamo
 
 
 def is_in_backward():

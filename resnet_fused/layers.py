@@ -5,10 +5,11 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .backend import ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain
-from .deferred import Call, Seen, Watched, defer, settle, under
+from .deferred import Call, Seen, Watched, defer, note_compiled, settle, under
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
@@ -65,10 +66,12 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
         vars(self)["_buffers"] = buffers
 
     def forward(self, input):
+        learned = self._learned
+        if is_compiling():
+            note_compiled(learned.number)
         ops = ops_for(input)
         if ops is None or not self._may_defer(input):
             return super().forward(input)
-        learned = self._learned
         if learned.decide():
             if input.is_cpu and not self.training and not torch.is_grad_enabled():
                 # The operator wins nothing there in a network: the next convolution reads a colder tensor (0.96 to 1.04

@@ -83,6 +83,16 @@ def test_the_report_follows_what_the_layers_do():
     } - {"plain: a hook, or a forward of its own"}
 
 
+def test_the_report_tells_what_is_compiled():
+    model = make_block(downsample=False)
+    report = fuse(model)
+    torch.compile(model, backend="eager", fullgraph=True)(make_input())
+    assert set(report.layers.values()) == {"plain: under torch.compile"}
+    for _ in range(2):
+        model(make_input())
+    assert report.layers == {"bn1": "relu", "bn2": "add+relu"}
+
+
 def test_blocks_of_the_package_become_fused_residuals_and_plain_again():
     model = model_of(prepared(Residual(6, 6, use_1x1conv=True)))
     before = snapshot(model)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fused import FusedResidual, Residual, functional, unfused, use_backend
 
+from .conftest import represented
 from .models import assert_equal, assert_same_buffers, make_block, make_input, prepared, twins
 
 
@@ -80,7 +81,7 @@ def assert_same(plain, fused, actual, expected, tolerance=1e-9):
     assert_same_buffers(fused, plain)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", represented(["aot_eager", "inductor"], by=["aot_eager"]))
 def test_a_compiled_model_is_one_graph_and_equals_eager(pair, backend, calls):
     torch._dynamo.reset()
     plain, fused = pair
@@ -111,6 +112,7 @@ def test_an_exported_program_runs_and_names_no_operator_of_ours(pair, strict):
             assert_equal(module.get_parameter(name).grad, parameter.grad, 1e-9, name)
 
 
+@pytest.mark.expensive
 def test_aot_inductor(pair, tmp_path):
     plain, fused = pair
     program = torch.export.export(fused.eval(), (make_input(),))
