@@ -34,9 +34,10 @@ GEOMETRY = {getattr(Tensor, name) for name in _METHODS.split()}
 GEOMETRY |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {Tensor.__len__}
 
 
-def under():
-    """What a layer is called under, and its ReLU must be, too: the grad mode, and the hooks on saved tensors."""
-    return torch.is_grad_enabled(), _top_saved_tensors_default_hooks(False)
+def under(input):
+    """What a layer is called under, and its ReLU must be, too: grad mode, hooks on saved tensors, a GPU's stream."""
+    stream = torch.cuda.current_stream(input.device) if input.is_cuda else None
+    return torch.is_grad_enabled(), _top_saved_tensors_default_hooks(False), stream
 
 
 def adds(function, args, kwargs):
@@ -64,16 +65,16 @@ class Call:
         self.learned, self.input, self.norm, self.training, self.ops = learned, input, norm, training, ops
         self.owes = False  # an update of the statistics
         self.version = self._version()
-        self.under = under()
+        self.under = under(input)
         self.token = learned.token()
         self.output = None
         self.is_used = False  # by a ReLU
         self.is_stale = False  # a sum or a ReLU in place has taken the output's place
-        if training:
-            statistics = norm.running_mean, norm.running_var, norm.num_batches_tracked
-            settle(statistics)  # called twice before the first output is used: in order
-            self.owes, self.thread, reference = True, get_ident(), ref(self)
-            for tensor in statistics:
+        self.statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if training else ()
+        settle(self.statistics)  # called twice before the first output is used: in order
+        self.owes, self.thread, reference = training, get_ident(), ref(self)
+        for tensor in self.statistics:
+            if tensor is not None:
                 _owing[id(tensor)] = reference
 
     def _version(self):
@@ -89,7 +90,7 @@ class Call:
     def pay(self):
         """Say that the statistics are being updated; returns whether they had not been."""
         owed, self.owes = self.owes, False
-        for tensor in (self.norm.running_mean, self.norm.running_var, self.norm.num_batches_tracked) if owed else ():
+        for tensor in self.statistics if owed else ():
             if _owing.get(id(tensor), _nobody)() is self:
                 del _owing[id(tensor)]
         return owed
@@ -101,7 +102,8 @@ class Call:
 
     def is_open(self):
         """Whether it may still be fused."""
-        return not self.is_used and self.output is None and self._version() == self.version and under() == self.under
+        is_as_called = self._version() == self.version and under(self.input) == self.under
+        return is_as_called and not self.is_used and self.output is None
 
     def tensors(self):
         return self.input, self.norm.weight, self.norm.bias
@@ -122,13 +124,14 @@ class Call:
     @contextlib.contextmanager
     def as_called(self):
         """The context in which what was put off is made."""
-        grad_mode, hooks = self.under
-        with torch.set_grad_enabled(grad_mode):
-            if hooks == _top_saved_tensors_default_hooks(False):
-                yield
-            else:
-                with saved_tensors_hooks(*hooks or (_identity, _identity)):
-                    yield
+        grad_mode, hooks, stream = self.under
+        with contextlib.ExitStack() as contexts:
+            contexts.enter_context(torch.set_grad_enabled(grad_mode))
+            if hooks != _top_saved_tensors_default_hooks(False):
+                contexts.enter_context(saved_tensors_hooks(*hooks or (_identity, _identity)))
+            if stream is not None:
+                contexts.enter_context(torch.cuda.stream(stream))
+            yield
 
     def make(self):
         """What the plain layer gives."""
@@ -333,7 +336,8 @@ class Seen(NamedTuple):
     versions: tuple  # of the tensors that are to be as they are now when the ReLU comes
 
     def holds(self):
-        return under() == self.under and all(tensor._version == version for tensor, version in self.versions)
+        versions_hold = all(tensor._version == version for tensor, version in self.versions)
+        return versions_hold and under(self.versions[0][0]) == self.under
 
 
 class Watched(Tensor):

@@ -90,7 +90,7 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
         learned.calls += 1
         if learned.calls > 2:
             learned.refuse("its output was not seen to go to a ReLU")
-        return Watched.of(output, [Seen(learned, under(), ((input, input._version),))])
+        return Watched.of(output, [Seen(learned, under(input), ((input, input._version),))])
 
     def _may_defer(self, input):
         return (

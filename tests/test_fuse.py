@@ -2,6 +2,7 @@
 
 import functools
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.densenet import _DenseLayer
 from torchvision.models.resnet import Bottleneck
 
-from resnet_fused import FusedResidual, Residual, resnet18, use_backend
+from resnet_fused import FusedResidual, Residual, deferred, resnet18, use_backend
 
 from .models import (
     Layers,
@@ -283,6 +284,11 @@ def two_batch_norms_second_first(self, X):
     return Z.relu_()
 
 
+def two_batch_norms_without_statistics(self, X):
+    self.bn1.track_running_stats = self.bn2.track_running_stats = False
+    return F.relu(self.bn1(self.conv1(X)) + self.bn2(X))
+
+
 def two_batch_norms_in_modes_of_their_own(self, X):
     self.bn2.eval()
     return F.relu(self.bn1(self.conv1(X)) + self.bn2(X))
@@ -350,6 +356,7 @@ FORWARDS = {  # and what the batch norms do afterwards: a state, or the beginnin
     sum_checkpointed_alone: {"bn1": "plain: "},
     two_batch_norms: {"bn1": ADD, "bn2": ADD},
     two_batch_norms_second_first: {"bn1": ADD, "bn2": ADD},
+    two_batch_norms_without_statistics: {"bn1": ADD, "bn2": ADD},
     two_batch_norms_in_modes_of_their_own: {"bn1": ADD, "bn2": ""},
     second_of_two_used_again: {"bn1": ADD, "bn2": "plain: its output went to mul"},
     two_batch_norms_and_a_tensor: {"bn1": "plain: ", "bn2": "plain: "},
@@ -630,6 +637,19 @@ def test_the_eager_backend_runs_the_plain_layers(calls):
     with use_backend("eager"):
         assert_same_numbers(fused, plain)
     assert calls == []
+
+
+def test_a_tail_is_made_on_the_stream_of_its_batch_norm(monkeypatch, calls):
+    """On a GPU the ReLU may be called on another one, which has not been told of the batch norm's input."""
+    plain, fused = twins(Layers(lambda self, X: F.relu(self.bn1(X))))
+    calls.clear()
+    now, entered, original = ["first"], [], deferred.under
+    monkeypatch.setattr(deferred, "under", lambda input: (*original(input)[:2], now[0]))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(entered.append(stream)))
+    Y = fused.bn1(make_input())
+    now[0] = "second"
+    assert_equal(F.relu(Y), plain(make_input()))
+    assert entered == ["first"] and calls == []
 
 
 def test_threads_may_share_a_model():
