@@ -639,6 +639,21 @@ def test_the_eager_backend_runs_the_plain_layers(calls):
     assert calls == []
 
 
+def test_what_is_learnt_waits_for_a_checkpointed_call_to_be_repeated():
+    """Which is to save what it saved: otherwise PyTorch raises a CheckpointError."""
+    plain, fused = twins(Layers(residual_block), learns=False)
+    for model in (plain, fused):
+        first = checkpoint(model, make_input(1), use_reentrant=False)
+        second = model(make_input(2))
+        (first + second).square().sum().backward()
+    for parameter, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert (parameter.grad is None) is (other.grad is None)
+        assert parameter.grad is None or assert_equal(parameter.grad, other.grad, 1e-9) is None
+    assert states_of(fused)["bn1"] == "watched"
+    assert_same_numbers(fused, plain)
+    assert states_of(fused)["bn1"] == "relu"
+
+
 def test_a_tail_is_made_on_the_stream_of_its_batch_norm(monkeypatch, calls):
     """On a GPU the ReLU may be called on another one, which has not been told of the batch norm's input."""
     plain, fused = twins(Layers(lambda self, X: F.relu(self.bn1(X))))

@@ -350,6 +350,17 @@ def test_what_leaves_a_model_that_has_learnt_is_a_plain_tensor():
             assert type(fused.train(training)(make_input())) is torch.Tensor
 
 
+def test_a_tensor_that_a_watched_output_is_added_to_stays_one():
+    def forward(self, X):
+        Z = self.conv1(X)
+        Z += self.bn1(X)
+        return Z
+
+    model = Layers(forward)
+    fuse(model)
+    assert type(model(make_input())) is torch.Tensor
+
+
 def test_a_watched_output_is_saved_and_copied_as_a_tensor():
     model = nn.Sequential(nn.BatchNorm2d(6)).double().eval()
     fuse(model)
