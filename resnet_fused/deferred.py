@@ -296,7 +296,7 @@ def _added(a, b, is_in_place):
             return None
         a, b = b, a
     call = a.tail
-    if type(call) is not Call or a is b or not call.is_open():
+    if type(call) is not Call or not call.is_open():
         return None
     if type(b) is Watched:
         b.let_go()

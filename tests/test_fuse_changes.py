@@ -139,10 +139,31 @@ CHANGES = {  # what changes; what the forward is, where it is not the tail
     "ReLU scripted": (on_instance(flag=True), lambda self, X: SCRIPTED(self.bn1(X)) if self.flag else F.relu(self.bn1(X))),
     "ReLU of somebody": (on_instance(flag=True), lambda self, X: Own.apply(self.bn1(X) + X) if self.flag else tail(self, X)),
     "ReLU without gradients": (on_instance(flag=True), lambda self, X: without(self.bn1(X), self.flag) + X),
+    "used without gradients, and then with": (on_instance(flag=True), lambda self, X: used_again(self.bn1(X), self.flag, without)),
+    "rectified twice": (on_instance(flag=True), lambda self, X: used_again(self.bn1(X), self.flag, lambda Y, asked: F.relu(Y) * 2)),
+    "changed after its sum": (on_instance(flag=True), lambda self, X: changed_after_its_sum(self.bn1(X), X, self.flag)),
+    "returned after its ReLU in place": (on_instance(flag=True), lambda self, X: rectified_in_place(self.bn1(X), self.flag)),
     "returned": (on_instance(flag=True), lambda self, X: self.bn1(X) if self.flag else F.relu(self.bn1(X))),
     "returned beside": (on_instance(flag=True), lambda self, X: both(self.bn1(X), self.flag)),
     "sum returned beside": (on_instance(flag=True), lambda self, X: both(self.bn1(X) + X, self.flag)),
 }  # fmt: skip
+
+
+def used_again(Y, asked, use):
+    Z = use(Y, asked)
+    return F.relu(Y) + Z if asked else Z
+
+
+def changed_after_its_sum(Y, X, asked):
+    Z = Y + X
+    if asked:
+        Y.mul_(2)
+    return F.relu(Z)
+
+
+def rectified_in_place(Y, asked):
+    Z = F.relu_(Y)
+    return Y if asked else Z
 
 
 def both(Y, asked):
