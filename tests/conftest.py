@@ -26,11 +26,16 @@ if IS_INTERPRETED:
     triton_on_cpu.convert_as_gpus_do()
     BACKENDS = {"triton": "cpu"}  # name -> device on which it is tested
     collect_ignore = ["test_triton_static.py", "test_resnet.py"]  # a step of a ResNet-18 takes minutes
-    ABOVE_THE_KERNELS = {"test_blocks", "test_compile", "test_ddp"}  # another backend stands for it
+    EXPENSIVE_FILES = {
+        "test_blocks",
+        "test_compile",
+        "test_ddp",
+        "test_properties",
+    }  # others stand for it
 else:
     BACKENDS = {"cpu": "cpu", cuda_on_cpu.BACKEND: "cpu"}
     collect_ignore = ["test_triton_traffic.py"]
-    ABOVE_THE_KERNELS = set()
+    EXPENSIVE_FILES = set()
     if torch.cuda.is_available():
         BACKENDS |= {"cuda": "cuda", "triton": "cuda"}
 EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
@@ -69,7 +74,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = [item for item in items if not is_left_out(item)]
     for item in items:
-        if item.path.stem in ABOVE_THE_KERNELS:
+        if item.path.stem in EXPENSIVE_FILES:
             item.add_marker("expensive")
 
 
