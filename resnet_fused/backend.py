@@ -205,8 +205,11 @@ _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter, type(None)}
 def ops_for(input: torch.Tensor, *others: torch.Tensor | None) -> Ops | None:
     """The ops that serve a call with these tensors. None: PyTorch's own operators do, on the backend ``eager``, for
     subclasses of Tensor, and where somebody watches."""
-    if is_watched() or not _PLAIN_TYPES.issuperset(map(type, (input, *others))):
+    if is_watched() or type(input) not in _PLAIN_TYPES:
         return None
+    for tensor in others:  # issuperset(map(...)) would take 0.2 us of 12 more
+        if type(tensor) not in _PLAIN_TYPES:
+            return None
     return select(device_type_of(input)).ops
 
 
