@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .autograd import BatchNormAddReLU, BatchNormReLU
+from . import autograd
 from .backend import ops_for
-from .functional import BatchNorm, in_order, like_input
+from .functional import BatchNorm, like_input
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -91,11 +91,9 @@ def _attempt(bn, input, input_bias, residual, residual_bias):
     norm, training = batch_norm_of(bn)
     if residual_bias is not None:
         norm = norm._replace(bias=residual_bias if norm.bias is None else norm.bias + residual_bias)
-    *arguments, momentum, eps = in_order(input, norm._replace(input_bias=input_bias))[1:]
-    if residual is None:
-        return BatchNormReLU.attempt(input, *arguments, training, momentum, eps, ops)
-    try:
-        residual = like_input(residual, input)
-    except (TypeError, ValueError):  # eager has an error of its own
-        return None
-    return BatchNormAddReLU.attempt(input, residual, *arguments, training, momentum, eps, ops)
+    if residual is not None:
+        try:
+            residual = like_input(residual, input)
+        except (TypeError, ValueError):  # eager has an error of its own
+            return None
+    return autograd.attempt(ops, input, residual, norm._replace(input_bias=input_bias), None, training)

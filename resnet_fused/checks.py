@@ -68,15 +68,8 @@ def check_arguments(
     of a batch norm's arguments.
     """
     _check_input(input)
-    _check_vectors(
-        input,
-        prefix,
-        weight=weight,
-        bias=bias,
-        running_mean=running_mean,
-        running_var=running_var,
-        input_bias=input_bias,
-    )
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _check_vectors(input, prefix, **vectors, input_bias=input_bias)
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"
         raise ValueError(
@@ -123,9 +116,7 @@ def check_batch_norms(input, *arguments) -> None:
     check_arguments(input, *first, training, momentum, eps)
     check_residual(residual, input)
     check_arguments(residual, *second, training, residual_momentum, residual_eps, prefix="residual_")
-    if not training:
-        return
     names = ("running_mean", "running_var", "num_batches_tracked")
-    for name, tensor, other in zip(names, first[3:], second[3:], strict=True):
+    for name, tensor, other in zip(names, first[3:], second[3:], strict=True) if training else ():
         if tensor is not None and tensor is other:
             raise ValueError(f"residual_{name}: expected one of its own, got the {name} of the input's batch norm")

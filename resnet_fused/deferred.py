@@ -16,8 +16,7 @@ from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .autograd import BatchNormAddBatchNormReLU, BatchNormAddReLU, BatchNormReLU
-from .functional import in_order
+from . import autograd
 
 RELUS_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_}
 RELUS = {F.relu, torch.relu, Tensor.relu} | RELUS_IN_PLACE
@@ -156,17 +155,10 @@ class Call:
 
     def rectify(self, residual=None):
         """relu of it, or of its sum with the residual, a tensor or a call; None where the operator refuses."""
-        *tensors, momentum, eps = in_order(self.input, self.norm)
-        options = self.training, momentum, eps, self.ops
         calls = (self, residual) if isinstance(residual, Call) else (self,)
         owed = [call.pay() for call in calls]  # before: a hook on what is saved may raise when the op has written
-        if residual is None:
-            output = BatchNormReLU.attempt(*tensors, *options)
-        elif isinstance(residual, Call):
-            norms = *tensors, momentum, eps, *in_order(residual.input, residual.norm)
-            output = BatchNormAddBatchNormReLU.attempt(*norms, self.training, self.ops)
-        else:
-            output = BatchNormAddReLU.attempt(self.input, residual, *tensors[1:], *options)
+        residual, residual_norm = (residual.input, residual.norm) if isinstance(residual, Call) else (residual, None)
+        output = autograd.attempt(self.ops, self.input, residual, self.norm, residual_norm, self.training)
         for call, call.owes in zip(calls, owed if output is None else [False, False], strict=False):
             if output is None:
                 call.learned.refuse("the operator takes less than eager does")

@@ -1,13 +1,9 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
-from typing import NamedTuple
-
-from torch import Tensor
-
-from . import reference
-from .autograd import BatchNormAddBatchNormReLU, BatchNormAddReLU, BatchNormReLU
+from . import autograd, reference
 from .backend import ops_for
-from .checks import check_arguments, check_batch_norms, check_device
+from .checks import check_arguments
+from .ops import BatchNorm
 
 
 def like_input(residual, input):
@@ -75,23 +71,8 @@ def batch_norm_relu(
 
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
     """
-    arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    ops = ops_for(input, running_mean, weight, bias)
-    if ops is not None:
-        return BatchNormReLU.call(input, *arguments, ops)
-    check_arguments(input, *arguments)
-    return reference.batch_norm_relu(
-        input,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked=num_batches_tracked,
-        input_bias=input_bias,
-    )
+    batch_norm = BatchNorm(running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias)
+    return _call(input, None, batch_norm, None, training)
 
 
 def batch_norm_add_relu(
@@ -125,54 +106,11 @@ def batch_norm_add_relu(
 
     Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385.
     """
-    if residual is None:
-        return batch_norm_relu(
-            input,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            input_bias=input_bias,
-        )
-    arguments = (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    if residual.shape != input.shape or residual.dtype != input.dtype:
-        check_arguments(input, *arguments)
+    batch_norm = BatchNorm(running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias)
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        check_arguments(input, **batch_norm._asdict(), training=training)
         residual = like_input(residual, input)
-    ops = ops_for(input, residual, running_mean, weight, bias)
-    if ops is not None:
-        return BatchNormAddReLU.call(input, residual, *arguments, ops)
-    check_arguments(input, *arguments)
-    check_device("residual", residual, input)
-    return reference.batch_norm_add_relu(
-        input,
-        residual,
-        running_mean,
-        running_var,
-        weight,
-        bias,
-        training,
-        momentum,
-        eps,
-        num_batches_tracked=num_batches_tracked,
-        input_bias=input_bias,
-    )
-
-
-class BatchNorm(NamedTuple):
-    """One of the two batch norms of :func:`batch_norm_add_batch_norm_relu`: arguments of :func:`batch_norm_relu`."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    momentum: float | None = 0.1
-    eps: float = 1e-5
-    num_batches_tracked: Tensor | None = None
-    input_bias: Tensor | None = None
+    return _call(input, residual, batch_norm, None, training)
 
 
 def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training=False):
@@ -201,15 +139,18 @@ def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_n
     Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section 3.3,
     option B; ``downsample`` in torchvision's and timm's ResNets.
     """
-    arguments = *in_order(input, batch_norm), *in_order(residual, residual_batch_norm), training
-    ops = ops_for(input, residual, *batch_norm[:4], *residual_batch_norm[:4])
+    return _call(input, residual, batch_norm, residual_batch_norm, training)
+
+
+def _call(input, residual, batch_norm, residual_batch_norm, training):
+    tensors = input, residual, batch_norm.running_mean, batch_norm.weight, batch_norm.bias
+    if residual_batch_norm is not None:
+        tensors += residual_batch_norm.running_mean, residual_batch_norm.weight, residual_batch_norm.bias
+    ops = ops_for(*tensors)
     if ops is not None:
-        return BatchNormAddBatchNormReLU.call(*arguments, ops)
-    check_batch_norms(*arguments)
-    return reference.batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training)
-
-
-def in_order(input, batch_norm):
-    """As the op takes them."""
-    running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias = batch_norm
-    return input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps
+        output = autograd.attempt(ops, input, residual, batch_norm, residual_batch_norm, training)
+        if output is not None:
+            return output
+    arguments = input, residual, batch_norm, residual_batch_norm, training
+    autograd.check(*arguments)
+    return reference.batch_norm_add_relu(*arguments)

@@ -1,4 +1,4 @@
-"""The raw ops of a backend, whose schemas are in csrc/ops.cpp, and the tensors that they return and save.
+"""The raw ops of a backend, whose schemas are in csrc/ops.cpp; the tensors that they take, return and save.
 
 They have no fake implementations: where somebody traces, PyTorch's own operators run.
 """
@@ -6,8 +6,28 @@ They have no fake implementations: where somebody traces, PyTorch's own operator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
+
+
+class BatchNorm(NamedTuple):
+    """One of the two batch norms of :func:`batch_norm_add_batch_norm_relu`: arguments of :func:`batch_norm_relu`."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    num_batches_tracked: Tensor | None = None
+    input_bias: Tensor | None = None
+
+
+def in_order(input, batch_norm):
+    """As the raw ops take them."""
+    running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias = batch_norm
+    return input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps
 
 
 def new_statistics(input):
@@ -75,7 +95,10 @@ def unpack_mask(mask, input):
 
 
 class Ops(NamedTuple):
-    """A backend's ops, resolved once: looking them up on every call costs 2 us of 125 at 8 elements."""
+    """A backend's ops, resolved once: looking them up on every call costs 2 us of 125 at 8 elements.
+
+    Only here it matters which serve a call: there is no residual, one that is added as it is, or one with a batch norm.
+    """
 
     batch_norm_relu: OpOverload
     batch_norm_relu_backward: OpOverload
@@ -88,3 +111,34 @@ class Ops(NamedTuple):
     @classmethod
     def of(cls, namespace: str) -> "Ops":
         return cls(*(getattr(getattr(torch.ops, namespace), name).default for name in cls._fields))
+
+    def forward(self, input, residual, batch_norm, residual_batch_norm, training):
+        """(output, mask, statistics, residual_statistics), None for what there is not."""
+        if residual_batch_norm is not None:
+            arguments = *in_order(input, batch_norm), *in_order(residual, residual_batch_norm), training
+            output, *statistics, mask = self.batch_norm_add_batch_norm_relu(*arguments)
+            return output, saved_for_mask(output, mask), *statistics
+        mean, var, weight, bias, momentum, eps, num_batches_tracked, input_bias = batch_norm
+        vectors = weight, bias, input_bias, mean, var, num_batches_tracked
+        if residual is None:
+            output, statistics = self.batch_norm_relu(input, *vectors, training, momentum, eps)
+            return output, None, statistics, None
+        output, statistics, mask = self.batch_norm_add_relu(input, residual, *vectors, training, momentum, eps)
+        return output, saved_for_mask(output, mask), statistics, None
+
+    def backward(self, training, needed, grad_output, mask, statistics, residual_statistics, *tensors):
+        """The gradients of ``tensors``: input, weight, bias, input_bias, and the same of a residual with a batch norm;
+        then that of a residual without. ``needed``: whether each is.
+        """
+        input, weight, bias, input_bias, *of_residual = tensors
+        vectors = weight, bias, input_bias, statistics
+        if mask is None:
+            return self.batch_norm_relu_backward(grad_output, input, *vectors, training, *needed)
+        if residual_statistics is not None:
+            norms = input, *vectors, *of_residual, residual_statistics
+            return self.batch_norm_add_batch_norm_relu_backward(grad_output, mask, *norms, training, *needed)
+        need_input, *need_vectors, need_residual = needed
+        needed = need_input, need_residual, *need_vectors
+        grads = self.batch_norm_add_relu_backward(grad_output, input, mask, *vectors, training, *needed)
+        grad_input, grad_residual, *grad_vectors = grads
+        return grad_input, *grad_vectors, grad_residual

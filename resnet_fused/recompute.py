@@ -3,11 +3,10 @@
 from contextlib import nullcontext
 from functools import partial
 
-import torch
 from torch._C._autograd import _saved_tensors_hooks_is_enabled, _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
-from .autograd import BatchNormReLU
+from .autograd import is_recomputable, recompute
 from .backend import is_watched
 
 
@@ -17,7 +16,7 @@ def recomputing(output):
     Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, the context does nothing; nor
     where somebody watches, or hooks on saved tensors are refused.
     """
-    if is_watched() or not _saved_tensors_hooks_is_enabled() or not BatchNormReLU.has_made(output):
+    if is_watched() or not _saved_tensors_hooks_is_enabled() or not is_recomputable(output):
         return nullcontext()
     node = output.grad_fn
     # Only the innermost hooks are called: those around (checkpointing's, an offload's) get all other tensors from here.
@@ -37,8 +36,7 @@ def _call(function):
 
 
 def _recomputed(node, *geometry):
-    with torch.no_grad():
-        return BatchNormReLU.recompute(node).as_strided(*geometry)
+    return recompute(node).as_strided(*geometry)
 
 
 def _watch(tensor):

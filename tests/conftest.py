@@ -129,13 +129,14 @@ def seed():
 @pytest.fixture
 def calls(monkeypatch):
     """The names of the operators that blocks and swapped layers have called, in order, refusals left out."""
-    calls, attempt = [], autograd._Forward.attempt.__func__
+    calls, attempt = [], autograd.attempt
 
-    def spy(cls, *args):
-        output = attempt(cls, *args)
+    def spy(ops, input, residual, batch_norm, residual_batch_norm, training):
+        output = attempt(ops, input, residual, batch_norm, residual_batch_norm, training)
         if output is not None:
-            calls.append(cls.op)
+            added = "" if residual is None else "add_" if residual_batch_norm is None else "add_batch_norm_"
+            calls.append(f"batch_norm_{added}relu")
         return output
 
-    monkeypatch.setattr(autograd._Forward, "attempt", classmethod(spy))
+    monkeypatch.setattr(autograd, "attempt", spy)
     return calls

@@ -44,6 +44,7 @@ REDUCE = "csrc/cuda/reduce.cuh"
 TRITON = "resnet_fused/triton_kernels/kernels.py"
 TRITON_GLUE = "resnet_fused/triton_kernels/batch_norm_add_relu.py"
 AUTOGRAD = "resnet_fused/autograd.py"
+FUNCTIONAL = "resnet_fused/functional.py"
 BACKEND = "resnet_fused/backend.py"
 BLOCKS = "resnet_fused/blocks.py"
 CALLS = "resnet_fused/calls.py"
@@ -164,19 +165,20 @@ FAULTS = [
     Fault("CUDA: residual's shift in the place of both", CUDA, "sum_of_shifts += coefficients.shift", "sum_of_shifts = coefficients.shift"),
     Fault("CUDA: every block of the first batch norm", CUDA, "parameters.count == 2 ? blockIdx.x % 2 : 0", "0"),
     Fault("CUDA: batch norms share semaphores", CUDA_GLUE, "device.zeros(count * channels) + i * channels", "device.zeros(count * channels)", "cuda_traffic"),
-    Fault("double backward through one of two batch norms", AUTOGRAD, "grad_grad_output = grad_grad_output + grad", "grad_grad_output = grad", "gradients"),
-    Fault("double backward counts wrong", AUTOGRAD, "x.numel() // x.shape[1]", "x.numel()", "gradients"),
-    Fault("second gradient for what is no tensor", AUTOGRAD, "grad_input_bias if needs_input_bias else None", "grad_input_bias", "gradients"),
-    Fault("second gradient of a bias left out", AUTOGRAD, "grad_bias if needs_bias else None", "None", "gradients"),
-    Fault("output's second gradient left out", AUTOGRAD, "torch.zeros_like(mask) if ctx.needs_input_grad[2] else None", "None", "gradients"),
-    Fault("second derivative not masked by y as stored", AUTOGRAD, "batch_norm_relu_recompute(input, weight, bias, statistics)\n        grads", "batch_norm_relu_recompute(*(t if t is None else t.double() for t in (input, weight, bias)), statistics)\n        grads", "gradients"),
+    Fault("double backward through one of two batch norms", AUTOGRAD, "residual = _batch_norm(residual_statistics, training, residual_eps, residual, *of_residual)", "pass", "gradients"),
+    Fault("double backward by the unbiased variance", AUTOGRAD, "correction=0", "correction=1", "gradients"),
+    Fault("second gradient for what is no tensor", AUTOGRAD, "grad if is_needed else None for grad", "grad for grad", "gradients"),
+    Fault("second gradient of a bias left out", AUTOGRAD, "grad if is_needed else None for grad", "grad if is_needed and grad.any() else None for grad", "gradients"),
+    Fault("second gradient of an input bias left out", AUTOGRAD, "mean = mean - (input_bias - input_bias.detach())", "pass", "gradients"),
+    Fault("output's second gradient left out", AUTOGRAD, "torch.zeros_like(mask) if needs_mask and residual_statistics is None else None", "None", "gradients"),
+    Fault("second derivative not masked by y as stored", AUTOGRAD, "mask = _recomputed(ops, statistics, input, *vectors) if", "mask = _recomputed(ops, statistics, *(t if t is None else t.double() for t in (input, *vectors))) if", "gradients"),
     Fault("edited output recomputed", RECOMPUTE, "== storage and tensor._version == version", "== storage", "recompute"),
     Fault("edits unnoticed beside a recomputed output", RECOMPUTE, "if tensor._version != version:", "if False:", "recompute"),
     Fault("hooks around bypassed", RECOMPUTE, "_top_saved_tensors_default_hooks(False) or (_watch, _unchanged)", "_watch, _unchanged", "recompute"),
     Fault("view of the output taken for it", RECOMPUTE, ".as_strided(*geometry)", "", "recompute"),
-    Fault("refusal not explained", AUTOGRAD, "            cls.check(*args)\n            raise", "            raise", "edges"),
-    Fault("refused input counted", AUTOGRAD, "            cls.check(*args)\n            raise", "            if args[-5] is not None:\n                args[-5].add_(1)\n            cls.check(*args)\n            raise", "edges"),
-    Fault("refused, and no layers run", AUTOGRAD, "            except (TypeError, ValueError):\n                return None", "            except KeyError:\n                return None", "fuse_changes"),
+    Fault("refusal not explained", FUNCTIONAL, "    autograd.check(*arguments)\n", "", "edges"),
+    Fault("refused input counted", AUTOGRAD, "        try:\n            check(", "        if batch_norm.num_batches_tracked is not None:\n            batch_norm.num_batches_tracked.add_(1)\n        try:\n            check(", "edges"),
+    Fault("refused, and no layers run", AUTOGRAD, "except (TypeError, ValueError):\n            return None", "except KeyError:\n            return None", "fuse_changes"),
     Fault("saved tensors taken as hooks return them", AUTOGRAD, "if _top_saved_tensors_default_hooks(False) is not None:", "if False:", "recompute"),
     Fault("saved tensors unpacked twice", AUTOGRAD, "saved, ctx.unpacked = ctx.unpacked or _saved(ctx), None", "saved = _saved(ctx)", "recompute"),
     Fault("untracked batch norm counts", CALLS, 'buffers["num_batches_tracked"] if is_tracking else None', 'buffers["num_batches_tracked"]', "blocks"),
@@ -248,7 +250,7 @@ FAULTS = [
     Fault("operators in a trace of TorchScript", BACKEND, "        or _get_tracing_state() is not None\n", "", "watchers"),
     Fault("operators under forward-mode AD", BACKEND, "        or forward_ad._current_level >= 0\n", "", "watchers"),
     Fault("default device taken for a watcher", BACKEND, "and {*map(type, _get_current_function_mode_stack())} != {DeviceContext}", "", "watchers"),
-    Fault("subclasses of Tensor taken for tensors", BACKEND, " or not _PLAIN_TYPES.issuperset(map(type, (input, *others)))", "", "watchers"),
+    Fault("subclasses of Tensor taken for tensors", BACKEND, " or type(input) not in _PLAIN_TYPES", "", "watchers"),
     Fault("CUDA: recomputed by running statistics", CUDA_GLUE, "f.training = true;", "f.training = false;", "recompute"),
     Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
     Fault("one value per channel", ARGUMENTS, "!training || values() != 1", "true", "edges"),

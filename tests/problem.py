@@ -137,12 +137,14 @@ class Problem:
         """The op's output; arguments by name, those of the residual's batch norm with ``residual_`` before it."""
         of_residual = {name: arguments[name] for name in arguments if name.startswith("residual_")}
         arguments = {name: value for name, value in arguments.items() if name not in of_residual}
-        if self.normalizes_residual:
-            tensors = [arguments.pop(name) for name in ("input", "residual")]
-            training = arguments.pop("training")
+        if functions is reference or self.normalizes_residual:
+            input, residual, training = (arguments.pop(name) for name in ("input", "residual", "training"))
             of_residual = {name.removeprefix("residual_"): value for name, value in of_residual.items()}
-            batch_norms = functional.BatchNorm(**arguments), functional.BatchNorm(**of_residual)
-            return functions.batch_norm_add_batch_norm_relu(*tensors, *batch_norms, training)
+            residual_batch_norm = functional.BatchNorm(**of_residual) if self.normalizes_residual else None
+            of_tail = input, residual, functional.BatchNorm(**arguments), residual_batch_norm, training
+            if functions is reference:
+                return reference.batch_norm_add_relu(*of_tail)
+            return functions.batch_norm_add_batch_norm_relu(*of_tail)
         if arguments["residual"] is not None:
             return functions.batch_norm_add_relu(**arguments)
         del arguments["residual"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resnet_fused import functional, reference
+from resnet_fused import functional, use_backend
 from resnet_fused.backend import get
 
 from . import raw_ops
@@ -259,14 +259,15 @@ def test_subnormals_are_flushed_where_eager_flushes_them(dtype, threads):
     torch.set_num_threads(threads)
     try:
         assert torch.set_flush_denormal(True)
-        actual, expected = (
-            [f.batch_norm_add_relu(*tensors, zero, one, eps=0.0) for tensors in ((every, none), (none, every))]
-            for f in (functional, reference)
-        )
+        results = []
+        for backend in ("auto", "eager"):
+            with use_backend(backend):
+                sums = ((every, none), (none, every))
+                results.append([functional.batch_norm_add_relu(*tensors, zero, one, eps=0.0) for tensors in sums])
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
 
 
 def test_float16_overflows_to_infinity_as_in_eager(backend, device):
