@@ -59,6 +59,16 @@ def test_gradgradcheck_without_biases_and_weights(backend, device, training, wit
         assert gradgradcheck(call, leaves, **FAST)
 
 
+def test_third_derivatives(backend, device, training, with_residual):
+    call, leaves = _call(_problem((3, 3, 2), "contiguous", device, with_residual), training)
+    grad_output = torch.randn(3, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+
+    def gradients(grad_output, *leaves):
+        return torch.autograd.grad(call(*leaves), leaves, grad_output, create_graph=True)
+
+    assert gradgradcheck(gradients, (grad_output, *leaves), **FAST)
+
+
 CALLS = [*itertools.product(("forward", "backward"), (True, False, "normalized")), ("recompute", False)]
 NEEDED = {True: Problem.DIFFERENTIABLE, False: ("input", "bias")}
 NEEDED["normalized"] = ("input", "bias", "residual", "residual_weight", "residual_input_bias")
