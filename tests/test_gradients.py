@@ -59,14 +59,15 @@ def test_gradgradcheck_without_biases_and_weights(backend, device, training, wit
         assert gradgradcheck(call, leaves, **FAST)
 
 
-def test_third_derivatives(backend, device, training, with_residual):
-    call, leaves = _call(_problem((3, 3, 2), "contiguous", device, with_residual), training)
-    grad_output = torch.randn(3, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+def test_third_derivatives(training, with_residual):
+    """On one backend: no raw op has a part in them."""
+    call, leaves = _call(_problem((3, 3, 2), "contiguous", "cpu", with_residual), training)
+    grad_output = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
 
     def gradients(grad_output, *leaves):
         return torch.autograd.grad(call(*leaves), leaves, grad_output, create_graph=True)
 
-    assert gradgradcheck(gradients, (grad_output, *leaves), **FAST)
+    assert gradgradcheck(gradients, (grad_output, *leaves))
 
 
 CALLS = [*itertools.product(("forward", "backward"), (True, False, "normalized")), ("recompute", False)]
