@@ -30,7 +30,7 @@ def attempt(ops, input, residual, batch_norm, residual_batch_norm, training):
         if residual_batch_norm is not None:
             tensors += residual_batch_norm.weight, residual_batch_norm.bias, residual_batch_norm.input_bias
         return _Forward.apply(ops, arguments, *tensors)
-    except RuntimeError:  # checking the arguments here first would cost 8 us a call
+    except (RuntimeError, TypeError, ValueError):  # checking the arguments here first would cost 8 us a call
         try:
             check(input, residual, batch_norm, residual_batch_norm, training)
         except (TypeError, ValueError):

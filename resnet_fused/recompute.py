@@ -13,18 +13,18 @@ from .backend import is_watched
 def recomputing(output):
     """A context for the call that consumes ``output``: of what it saves for backward, ``output`` is recomputed there.
 
-    Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, the context does nothing; nor
-    where somebody watches, or hooks on saved tensors are refused.
+    Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, or has been edited since, the
+    context does nothing; nor where somebody watches, or hooks on saved tensors are refused.
     """
-    if is_watched() or not _saved_tensors_hooks_is_enabled() or not is_recomputable(output):
+    if is_watched() or not _saved_tensors_hooks_is_enabled() or not is_recomputable(output) or output._version != 0:
         return nullcontext()
     node = output.grad_fn
     # Only the innermost hooks are called: those around (checkpointing's, an offload's) get all other tensors from here.
     pack_other, unpack_other = _top_saved_tensors_default_hooks(False) or (_watch, _unchanged)
-    storage, version = output.untyped_storage()._cdata, output._version  # numbers: a reference would keep the output
+    storage = output.untyped_storage()._cdata  # a number: a reference would keep the output
 
     def pack(tensor):
-        if tensor.untyped_storage()._cdata == storage and tensor._version == version:
+        if tensor.untyped_storage()._cdata == storage:
             return partial(_recomputed, node, tensor.size(), tensor.stride(), tensor.storage_offset())
         return partial(unpack_other, pack_other(tensor))
 

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import resnet_fused
-from resnet_fused import available_backends, functional, use_backend
+from resnet_fused import autograd, available_backends, functional, use_backend
 from resnet_fused import backend as backend_module
 from resnet_fused.ops import Ops
 
@@ -148,6 +148,23 @@ def test_auto_falls_back_to_eager_with_one_warning(registry):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _call()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError])
+def test_an_op_may_refuse_by_any_error_and_other_errors_are_raised(error):
+    """C++ refuses by RuntimeError, Triton's glue by what it means."""
+
+    class Ops:
+        def forward(self, *arguments):
+            raise error("no")
+
+    norm = functional.BatchNorm(torch.zeros(3), torch.ones(3), num_batches_tracked=torch.tensor(3.0))
+    x = torch.randn(4, 3, 5, 5)
+    for grad_mode in (True, False):
+        with torch.set_grad_enabled(grad_mode):
+            assert autograd.attempt(Ops(), x, None, norm, None, True) is None
+            with pytest.raises(error, match="no"):
+                autograd.attempt(Ops(), x, None, norm._replace(num_batches_tracked=None), None, True)
 
 
 def test_the_package_may_be_imported_a_second_time_in_one_process():

@@ -347,7 +347,7 @@ def test_an_input_that_cannot_be_added_to_the_output_is_refused(device, hooked):
         block.conv1.stride = (7, 7)  # (6, 8, 1, 1) += (6, 8, 7, 7)
         if hooked:
             block.bn2.register_forward_hook(lambda layer, args, output: None)
-        with pytest.raises((RuntimeError, ValueError), match="shape|size"):
+        with pytest.raises(RuntimeError, match="shape|size"):
             block(_problem(block)[0])
 
 

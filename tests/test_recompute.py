@@ -154,10 +154,15 @@ def test_an_edit_before_the_backward_is_autograds_error(name):
             Y.sum().backward()
 
 
-def test_an_output_that_a_hook_edits_is_kept():
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_output_that_a_hook_edits_is_kept(recorded):
+    def edit(layer, args):
+        with torch.set_grad_enabled(recorded):
+            args[0].mul_(2)
+
     kept, recomputed = twins(make_model())
     for model in (kept, recomputed):
-        model[-1].register_forward_pre_hook(lambda layer, args: (args[0].mul_(2),))
+        model[-1].register_forward_pre_hook(edit)
     assert_equal_bits(gradients(recomputed, make_input()), gradients(kept, make_input()))
 
 
