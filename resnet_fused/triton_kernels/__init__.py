@@ -56,8 +56,9 @@ def _on_first_call(name):
     return op
 
 
+_DISPATCH_KEYS = [device_type.upper() for device_type in DEVICE_TYPES]
 for _schema in _SCHEMAS:
     _name, _, _signature = _schema.partition("(")
     if not hasattr(getattr(torch.ops, NAMESPACE), _name):  # else this is a second import in one process
         torch.library.define(f"{NAMESPACE}::{_name}", f"({_signature}")
-        torch.library.impl(f"{NAMESPACE}::{_name}", DEVICE_TYPES, _on_first_call(_name))
+        torch.library.impl(f"{NAMESPACE}::{_name}", _DISPATCH_KEYS, _on_first_call(_name))
