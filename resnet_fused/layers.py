@@ -79,9 +79,10 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
                 return super().forward(input)
             self._check_input_dim(input)
             try:
-                return defer(Call(learned, input, *batch_norm_of(self), ops))
+                call = Call(learned, input, *batch_norm_of(self), ops)
             except RuntimeError:  # of tensors made in inference mode, which count no versions
                 return super().forward(input)
+            return defer(call)
         token, output = learned.token(), super().forward(input)
         if token is not None and output.requires_grad:
             output.register_hook(token)
