@@ -1,5 +1,5 @@
-// Every op's schema, on one screen. csrc/cpu and csrc/cuda register the kernels; the Python layer registers the fake
-// implementations (resnet_fused/ops.py) and the gradients (resnet_fused/autograd.py).
+// Every op's schema, on one screen. csrc/cpu and csrc/cuda register the kernels; resnet_fused/autograd.py has the
+// gradients. There are no fake implementations: where somebody traces, PyTorch's own operators run.
 //
 // The words are the same everywhere: input, residual, output, grad_*: (N, C, *); weight, bias, input_bias,
 // running_mean, running_var and their gradients: (C,); num_batches_tracked: one int64; statistics: (2, C), the mean and

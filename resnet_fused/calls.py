@@ -54,10 +54,8 @@ def _add_bias(input, bias):
 def batch_norm_of(layer):
     """What the layer's forward would hand to F.batch_norm, with the counter beside it, and whether it normalises by the
     batch's statistics."""
-    parameters, buffers = (
-        layer._parameters,
-        layer.__dict__["_buffers"],
-    )  # nn.Module looks attributes up three times as long
+    # nn.Module looks attributes up three times as long.
+    parameters, buffers = layer._parameters, layer.__dict__["_buffers"]
     training = layer.training
     is_tracking = training and layer.track_running_stats
     try:
