@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -124,14 +125,12 @@ inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
   return empty_strided(input, dim, sizes.data(), strides.data(), type_code(input));
 }
 
-inline Tensor empty_vector(const Tensor& beside, int64_t size, int32_t type) {
-  const int64_t stride = 1;
-  return empty_strided(beside, 1, &size, &stride, type);
-}
-
-inline Tensor empty_matrix(const Tensor& beside, int64_t rows, int64_t columns, int32_t type) {
-  const std::array<int64_t, 2> sizes{rows, columns}, strides{columns, 1};
-  return empty_strided(beside, 2, sizes.data(), strides.data(), type);
+// Dense.
+inline Tensor empty_tensor(const Tensor& beside, std::initializer_list<int64_t> sizes, int32_t type) {
+  std::array<int64_t, 3> strides;
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) strides[d] = stride, stride *= sizes.begin()[d];
+  return empty_strided(beside, static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), type);
 }
 
 // ---- Checks ----
@@ -160,17 +159,30 @@ inline void check_like_input(const Tensor& tensor, const char* name, const Tenso
                   name, ": expected a tensor of the input's shape, type and device");
 }
 
-// ---- Arguments: those of csrc/ops.cpp ----
+// ---- Arguments: those of csrc/ops.cpp, in its order ----
 
-// One batch norm of a forward.
+inline void check_statistics(const Tensor& statistics, int64_t norms, const Tensor& input) {
+  const int64_t channels = input.size(1);
+  STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
+                      statistics.is_contiguous() && statistics.numel() == norms * 2 * channels,
+                  "statistics: expected a contiguous float64 tensor of shape (", norms, ", 2, ", channels,
+                  ") on the input's device");
+}
+
+inline double* statistics_of(const Tensor& statistics, int norm, int64_t channels) {
+  return static_cast<double*>(statistics.data_ptr()) + norm * 2 * channels;
+}
+
+// One batch norm of a forward, of the input or of the residual.
 struct NormArguments {
   const Tensor& input;
-  const OptionalTensor &weight, &bias, &input_bias, &running_mean, &running_var, &num_batches_tracked;
+  const OptionalTensor &running_mean, &running_var, &weight, &bias;
   std::optional<double> momentum;
   double eps;
+  const OptionalTensor &num_batches_tracked, &input_bias;
 
-  // Refusals name the arguments with `prefix`.
-  void check(bool training, const char* prefix) const {
+  // Refusals name the arguments with `prefix`. given: statistics are, and no others asked for.
+  void check(bool training, bool given, const char* prefix) const {
     for (const auto& [vector, name] : {std::pair{&weight, "weight"},
                                        {&bias, "bias"},
                                        {&running_mean, "running_mean"},
@@ -180,7 +192,8 @@ struct NormArguments {
     }
     STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(), prefix, "running_mean, ", prefix,
                     "running_var: expected both or neither");
-    STD_TORCH_CHECK(training || running_mean, prefix, "running_mean: expected running statistics outside training");
+    STD_TORCH_CHECK(training || given || running_mean, prefix,
+                    "running_mean: expected running statistics outside training");
     STD_TORCH_CHECK(training ? eps > 0 : eps >= 0, prefix,
                     "eps: expected more than 0 in training, and not less otherwise");
     STD_TORCH_CHECK(momentum || num_batches_tracked, prefix, "momentum: None needs num_batches_tracked");
@@ -197,18 +210,20 @@ constexpr const char* kPrefixes[] = {"", "residual_"};  // of a first and a seco
 struct ForwardArguments {
   const NormArguments* norms;  // of the input and, in a second one, of the residual
   int count;                   // of norms
-  const Tensor* residual;      // that is added as it is; or nullptr
-  bool training;
+  const OptionalTensor& residual;
+  bool training, need_mask;
+  const OptionalTensor& statistics;  // given, to normalise by
 
   const Tensor& input() const { return norms[0].input; }
   int64_t channels() const { return input().size(1); }
   int64_t values() const { return input().numel() / channels(); }  // per channel
+  bool takes_batch() const { return training && !statistics; }     // its statistics, to normalise by and to keep
 
   void check() const {
     check_input(input());
-    if (residual != nullptr) check_like_input(*residual, "residual", input());
-    if (count == 2) check_like_input(norms[1].input, "residual", input());
-    for (int i = 0; i < count; ++i) norms[i].check(training, kPrefixes[i]);
+    if (residual) check_like_input(*residual, "residual", input());
+    if (statistics) check_statistics(*statistics, count, input());
+    for (int i = 0; i < count; ++i) norms[i].check(training, statistics.has_value(), kPrefixes[i]);
     STD_TORCH_CHECK(!training || values() != 1, "input: expected more than one value per channel in training");
     if (!training || count < 2) return;
     const auto share = [](const OptionalTensor& first, const OptionalTensor& second) {
@@ -222,17 +237,12 @@ struct ForwardArguments {
 };
 
 struct ForwardResults {
-  Tensor output, mask;
-  std::array<Tensor, 2> statistics;  // of each batch norm
+  Tensor output, mask, statistics;
 
-  // Where there is none an empty vector. On a CPU the same at every call: to make one takes half a microsecond of ten.
-  Tensor mask_or_empty() const {
-    if (mask.defined()) return mask;
-    const auto make = [&] { return empty_vector(output, 0, aoti_torch_dtype_uint8()); };
-    if (!output.is_cpu()) return make();
-    static const Tensor* const on_cpu = new Tensor(make());
-    return *on_cpu;
-  }
+  ForwardResults(const ForwardArguments& a, MemoryFormat format)
+      : output(empty_like(a.input(), format)),
+        statistics(a.statistics ? *a.statistics
+                                : empty_tensor(a.input(), {a.count, 2, a.channels()}, aoti_torch_dtype_float64())) {}
 };
 
 struct Needed {
@@ -246,24 +256,17 @@ struct Needed {
 struct NormBackwardArguments {
   const Tensor& input;
   const OptionalTensor &weight, &bias, &input_bias;
-  const Tensor& statistics;
   Needed needed;
 
   void check(const char* prefix) const {
     check_vector(weight, prefix, "weight", input);
     check_vector(bias, prefix, "bias", input);
     check_vector(input_bias, prefix, "input_bias", input);
-    const int64_t channels = input.size(1);
-    STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
-                        statistics.is_contiguous() && statistics.numel() == 2 * channels,
-                    prefix, "statistics: expected a contiguous float64 tensor of shape (2, ", channels,
-                    ") on the input's device");
   }
 };
 
 struct BackwardArguments {
-  const Tensor& grad_output;
-  const Tensor* mask;  // or nullptr
+  const Tensor &grad_output, &mask, &statistics;
   const NormBackwardArguments* norms;
   int count;
   bool training, need_residual;  // need_residual: of one that was added as it is
@@ -275,10 +278,19 @@ struct BackwardArguments {
   void check() const {
     check_input(input());
     check_like_input(grad_output, "grad_output", input());
+    check_statistics(statistics, count, input());
     if (count == 2) check_like_input(norms[1].input, "residual", input());
     for (int i = 0; i < count; ++i) norms[i].check(kPrefixes[i]);
   }
 };
+
+// Of a shape that depends on the backend: rows of bits, the dense input's as a matrix of so many rows.
+inline const uint8_t* check_mask(const BackwardArguments& a, int64_t rows, int64_t bytes) {
+  STD_TORCH_CHECK(on_one_device(a.mask, a.input()) && a.mask.scalar_type() == ScalarType::Byte &&
+                      a.mask.is_contiguous() && a.mask.numel() == rows * bytes,
+                  "mask: expected a contiguous uint8 tensor of shape (", rows, ", ", bytes, ") on the input's device");
+  return static_cast<const uint8_t*>(a.mask.data_ptr());
+}
 
 // The gradients of one batch norm that are asked for, to be written.
 struct NormGradients {
@@ -294,12 +306,12 @@ struct NormGradients {
  private:
   static Tensor vector(const NormBackwardArguments& a, bool need, const OptionalTensor& parameter) {
     if (!need) return Tensor();
-    return empty_vector(a.input, a.input.size(1), parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
+    return empty_tensor(a.input, {a.input.size(1)}, parameter ? type_code(*parameter) : aoti_torch_dtype_float64());
   }
 };
 
 struct BackwardResults {
-  Tensor residual;
+  Tensor residual;  // of one that was added as it is
   std::array<NormGradients, 2> norms;
 
   BackwardResults(const BackwardArguments& a, MemoryFormat format) {
@@ -308,109 +320,55 @@ struct BackwardResults {
   }
 };
 
-// ---- The ops of a backend, which has forward, backward and recompute ----
+// ---- The ops of a backend, which has forward and backward ----
 
 template <typename Backend>
 struct Ops {
   using Momentum = std::optional<double>;
 
-  static std::tuple<Tensor, Tensor, Tensor> batch_norm_add_relu(Tensor input, Tensor residual, OptionalTensor weight,
-                                                                OptionalTensor bias, OptionalTensor input_bias,
-                                                                OptionalTensor running_mean, OptionalTensor running_var,
-                                                                OptionalTensor num_batches_tracked, bool training,
-                                                                Momentum momentum, double eps) {
-    const NormArguments norm{input,    weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
-                             momentum, eps};
-    const ForwardResults results = Backend::forward({&norm, 1, &residual, training});
-    return {results.output, results.statistics[0], results.mask_or_empty()};
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_add_relu_backward(
-      Tensor grad_output, Tensor input, Tensor mask, OptionalTensor weight, OptionalTensor bias,
-      OptionalTensor input_bias, Tensor statistics, bool training, bool need_input, bool need_residual,
-      bool need_weight, bool need_bias, bool need_input_bias) {
-    const NormBackwardArguments norm{input,      weight,     bias,
-                                     input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}};
-    const BackwardResults grad = Backend::backward({grad_output, &mask, &norm, 1, training, need_residual});
-    const auto& [grad_input, grad_weight, grad_bias, grad_input_bias] = grad.norms[0];
-    return {grad_input, grad.residual, grad_weight, grad_bias, grad_input_bias};
-  }
-
-  static std::tuple<Tensor, Tensor> batch_norm_relu(Tensor input, OptionalTensor weight, OptionalTensor bias,
-                                                    OptionalTensor input_bias, OptionalTensor running_mean,
-                                                    OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                                    bool training, Momentum momentum, double eps) {
-    const NormArguments norm{input,    weight, bias, input_bias, running_mean, running_var, num_batches_tracked,
-                             momentum, eps};
-    const ForwardResults results = Backend::forward({&norm, 1, nullptr, training});
-    return {results.output, results.statistics[0]};
-  }
-
-  static Tensor batch_norm_relu_recompute(Tensor input, OptionalTensor weight, OptionalTensor bias, Tensor statistics) {
-    const NormBackwardArguments norm{input, weight, bias, std::nullopt, statistics, {}};
-    check_input(input);
-    norm.check(kPrefixes[0]);
-    return Backend::recompute(norm);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_relu_backward(
-      Tensor grad_output, Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor input_bias,
-      Tensor statistics, bool training, bool need_input, bool need_weight, bool need_bias, bool need_input_bias) {
-    const NormBackwardArguments norm{input,      weight,     bias,
-                                     input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}};
-    const BackwardResults grad = Backend::backward({grad_output, nullptr, &norm, 1, training, false});
-    const auto& [grad_input, grad_weight, grad_bias, grad_input_bias] = grad.norms[0];
-    return {grad_input, grad_weight, grad_bias, grad_input_bias};
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_add_batch_norm_relu(
-      Tensor input, OptionalTensor weight, OptionalTensor bias, OptionalTensor input_bias, OptionalTensor running_mean,
-      OptionalTensor running_var, OptionalTensor num_batches_tracked, Momentum momentum, double eps, Tensor residual,
-      OptionalTensor residual_weight, OptionalTensor residual_bias, OptionalTensor residual_input_bias,
-      OptionalTensor residual_running_mean, OptionalTensor residual_running_var,
-      OptionalTensor residual_num_batches_tracked, Momentum residual_momentum, double residual_eps, bool training) {
+  static std::tuple<Tensor, Tensor, Tensor> forward(
+      Tensor input, OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor weight, OptionalTensor bias,
+      Momentum momentum, double eps, OptionalTensor num_batches_tracked, OptionalTensor input_bias, bool training,
+      bool need_mask, OptionalTensor residual, OptionalTensor residual_running_mean,
+      OptionalTensor residual_running_var, OptionalTensor residual_weight, OptionalTensor residual_bias,
+      Momentum residual_momentum, std::optional<double> residual_eps, OptionalTensor residual_num_batches_tracked,
+      OptionalTensor residual_input_bias, OptionalTensor statistics) {
+    STD_TORCH_CHECK(residual || !residual_eps, "residual: expected the tensor that residual_eps is for");
     const NormArguments norms[] = {
-        {input, weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps},
-        {residual, residual_weight, residual_bias, residual_input_bias, residual_running_mean, residual_running_var,
-         residual_num_batches_tracked, residual_momentum, residual_eps}};
-    const ForwardResults results = Backend::forward({norms, 2, nullptr, training});
-    return {results.output, results.statistics[0], results.statistics[1], results.mask_or_empty()};
+        {input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias},
+        {residual ? *residual : input, residual_running_mean, residual_running_var, residual_weight, residual_bias,
+         residual_momentum, residual_eps.value_or(0), residual_num_batches_tracked, residual_input_bias}};
+    const ForwardResults results =
+        Backend::forward({norms, residual_eps ? 2 : 1, residual, training, need_mask, statistics});
+    return {results.output, results.mask, statistics ? Tensor() : results.statistics};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>
-  batch_norm_add_batch_norm_relu_backward(Tensor grad_output, Tensor mask, Tensor input, OptionalTensor weight,
-                                          OptionalTensor bias, OptionalTensor input_bias, Tensor statistics,
-                                          Tensor residual, OptionalTensor residual_weight, OptionalTensor residual_bias,
-                                          OptionalTensor residual_input_bias, Tensor residual_statistics, bool training,
-                                          bool need_input, bool need_weight, bool need_bias, bool need_input_bias,
-                                          bool need_residual, bool need_residual_weight, bool need_residual_bias,
-                                          bool need_residual_input_bias) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+      Tensor grad_output, Tensor mask, Tensor statistics, bool training, Tensor input, OptionalTensor weight,
+      OptionalTensor bias, OptionalTensor input_bias, bool need_input, bool need_weight, bool need_bias,
+      bool need_input_bias, bool need_residual, OptionalTensor residual, OptionalTensor residual_weight,
+      OptionalTensor residual_bias, OptionalTensor residual_input_bias, bool need_residual_weight,
+      bool need_residual_bias, bool need_residual_input_bias) {
     const NormBackwardArguments norms[] = {
-        {input, weight, bias, input_bias, statistics, {need_input, need_weight, need_bias, need_input_bias}},
-        {residual,
+        {input, weight, bias, input_bias, {need_input, need_weight, need_bias, need_input_bias}},
+        {residual ? *residual : input,
          residual_weight,
          residual_bias,
          residual_input_bias,
-         residual_statistics,
          {need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias}}};
-    const BackwardResults grad = Backend::backward({grad_output, &mask, norms, 2, training, false});
+    const BackwardResults grad = Backend::backward(
+        {grad_output, mask, statistics, norms, residual ? 2 : 1, training, !residual && need_residual});
     const auto& [first, second] = grad.norms;
-    return {first.input,  first.weight,  first.bias,  first.input_bias,
-            second.input, second.weight, second.bias, second.input_bias};
+    return {first.input,   first.weight, first.bias,       first.input_bias, residual ? second.input : grad.residual,
+            second.weight, second.bias,  second.input_bias};
   }
 };
 
 }  // namespace resnet_fused
 
 // At namespace scope: Backend's ops for one dispatch key of a library.
-#define RESNET_FUSED_REGISTER(library, key, Backend)                                                             \
-  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                                                   \
-    using Ops = resnet_fused::Ops<Backend>;                                                                      \
-    m.impl("batch_norm_add_relu", TORCH_BOX(&Ops::batch_norm_add_relu));                                         \
-    m.impl("batch_norm_add_relu_backward", TORCH_BOX(&Ops::batch_norm_add_relu_backward));                       \
-    m.impl("batch_norm_relu", TORCH_BOX(&Ops::batch_norm_relu));                                                 \
-    m.impl("batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_relu_backward));                               \
-    m.impl("batch_norm_relu_recompute", TORCH_BOX(&Ops::batch_norm_relu_recompute));                             \
-    m.impl("batch_norm_add_batch_norm_relu", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu));                   \
-    m.impl("batch_norm_add_batch_norm_relu_backward", TORCH_BOX(&Ops::batch_norm_add_batch_norm_relu_backward)); \
+#define RESNET_FUSED_REGISTER(library, key, Backend)                                          \
+  STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                                \
+    m.impl("batch_norm_add_relu", TORCH_BOX(&resnet_fused::Ops<Backend>::forward));           \
+    m.impl("batch_norm_add_relu_backward", TORCH_BOX(&resnet_fused::Ops<Backend>::backward)); \
   }

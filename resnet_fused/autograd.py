@@ -12,39 +12,29 @@ import torch
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import Function
 
-from .checks import check_arguments, check_batch_norms, check_device
-from .ops import in_order, memory_format_of, unpack_mask
+from .checks import check
+from .ops import BatchNorm, memory_format_of, unpack_mask
 
 
 def attempt(ops, input, residual, batch_norm, residual_batch_norm, training):
     """The output; None where the op refuses its arguments, which it does before it touches anything."""
     try:
         if not torch.is_grad_enabled():  # apply would take 3 of 12 us
-            output, _, _, _ = ops.forward(input, residual, batch_norm, residual_batch_norm, training)
+            output, _, _ = ops.forward(input, residual, batch_norm, residual_batch_norm, training)
             return output
         arguments = input, residual, batch_norm, residual_batch_norm, training
         # Beside them, what gets gradients: autograd looks into no tuple.
-        tensors = input, batch_norm.weight, batch_norm.bias, batch_norm.input_bias
-        if residual is not None:
-            tensors += (residual,)
+        vectors = batch_norm.weight, batch_norm.bias, batch_norm.input_bias
+        of_residual = None, None, None
         if residual_batch_norm is not None:
-            tensors += residual_batch_norm.weight, residual_batch_norm.bias, residual_batch_norm.input_bias
-        return _Forward.apply(ops, arguments, *tensors)
+            of_residual = residual_batch_norm.weight, residual_batch_norm.bias, residual_batch_norm.input_bias
+        return _Forward.apply(ops, arguments, input, *vectors, residual, *of_residual)
     except (RuntimeError, TypeError, ValueError):  # checking the arguments here first would cost 8 us a call
         try:
             check(input, residual, batch_norm, residual_batch_norm, training)
         except (TypeError, ValueError):
             return None
         raise
-
-
-def check(input, residual, batch_norm, residual_batch_norm, training):
-    """Raise ValueError or TypeError where the ops refuse a call."""
-    if residual_batch_norm is not None:
-        return check_batch_norms(*in_order(input, batch_norm), *in_order(residual, residual_batch_norm), training)
-    check_arguments(input, **batch_norm._asdict(), training=training)
-    if residual is not None:
-        check_device("residual", residual, input)
 
 
 def _save(ctx, *tensors):
@@ -66,19 +56,19 @@ def _saved(ctx):
 
 
 class _Forward(Function):
-    """Saves the mask, or the output in its place, or neither; per-channel vectors; and what is normalised."""
+    """Saves the mask, the statistics, per-channel vectors, and what is normalised."""
 
     @staticmethod
-    def forward(ctx, ops, arguments, input, weight, bias, input_bias, *of_residual):
+    def forward(ctx, ops, arguments, input, weight, bias, input_bias, residual, *of_residual):
         _, _, batch_norm, residual_batch_norm, training = arguments
-        output, mask, statistics, residual_statistics = ops.forward(*arguments)
+        output, mask, statistics = ops.forward(*arguments, need_mask=any(ctx.needs_input_grad))
+        ctx.is_recomputable = residual is None
         if residual_batch_norm is None:
-            of_residual = ()  # the gradient of one that is added as it is needs nothing of it
+            residual = None  # its gradient needs nothing of it
         ctx.set_materialize_grads(False)
-        _save(ctx, mask, statistics, residual_statistics, input, weight, bias, input_bias, *of_residual)
+        _save(ctx, mask, statistics, input, weight, bias, input_bias, residual, *of_residual)
         ctx.options = ops, training, batch_norm.eps, residual_batch_norm and residual_batch_norm.eps
         ctx.unpacked = None
-        ctx.is_recomputable = mask is None
         return output
 
     @staticmethod
@@ -102,22 +92,16 @@ def is_recomputable(output):
 def recompute(node):
     """The output, bit by bit, from what was saved, which backward takes from here."""
     # Unpacked once for both: checkpointing refuses a second time, and an offload would copy again.
-    ops, _, _, _ = node.options
-    node.unpacked = _, statistics, _, *tensors = _saved(node)
-    return _recomputed(ops, statistics, *tensors)
-
-
-def _recomputed(ops, statistics, input, weight, bias, _):
+    ops, training, eps, _ = node.options
+    node.unpacked = _, statistics, input, weight, bias, _, *_ = _saved(node)
+    batch_norm = BatchNorm(None, None, weight, bias, eps=eps)
     with torch.no_grad():  # the op has no derivative
-        return ops.batch_norm_relu_recompute(input, weight, bias, statistics)
+        output, _, _ = ops.forward(input, None, batch_norm, None, training, statistics=statistics)
+    return output
 
 
 class _Backward(Function):
-    """The backward of :class:`_Forward`, differentiable in turn.
-
-    Where the output is the mask, its gradient, zeros, reaches the residual and all that is before it, as in eager.
-    Through a mask of bits nothing does: there a residual gets None where eager gives it zeros.
-    """
+    """The backward of :class:`_Forward`, differentiable in turn."""
 
     @staticmethod
     def forward(ctx, options, needed, grad_output, *saved):
@@ -128,37 +112,30 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        ops, training, eps, residual_eps = ctx.options
-        grad_output, mask, statistics, residual_statistics, *tensors = ctx.saved_tensors
-        passed = _passed(ops, mask, statistics, *tensors)
+        _, training, eps, residual_eps = ctx.options
+        grad_output, mask, statistics, *tensors = ctx.saved_tensors
+        passed = unpack_mask(mask, tensors[0])
 
-        def forward(input, weight, bias, input_bias, residual=None, *of_residual):
-            output = _batch_norm(statistics, training, eps, input, weight, bias, input_bias)
-            if residual_statistics is not None:
-                residual = _batch_norm(residual_statistics, training, residual_eps, residual, *of_residual)
-            return torch.where(passed, output if residual is None else output + residual, 0.0)
+        def forward(input, weight, bias, input_bias, residual, *of_residual):
+            output = _batch_norm(statistics[0], training, eps, input, weight, bias, input_bias)
+            if residual_eps is not None:
+                residual = _batch_norm(statistics[1], training, residual_eps, residual, *of_residual)
+            return torch.where(passed, output + residual, 0.0)
 
         def backward(grad_output, *tensors):
             output, vjp = torch.func.vjp(forward, *tensors)
             return vjp(grad_output.to(output.dtype))
 
         primals = [statistics.new_ones(()) if tensor is None else tensor for tensor in tensors]
-        if len(primals) < len(cotangents):  # a residual that is added as it is: of its values no gradient depends
-            primals.append(grad_output)
+        if residual_eps is None:  # no gradient depends on the values of a residual that is added as it is, if at all
+            primals[4] = grad_output
         grads, vjp = torch.func.vjp(backward, grad_output, *primals)
         pairs = zip(grads, cotangents, strict=True)
         cotangents = tuple(torch.zeros_like(grad) if g is None else g.to(grad.dtype) for grad, g in pairs)
         grad_grad_output, *grads = vjp(cotangents)
-        _, _, _, needs_mask, _, _, *needed = ctx.needs_input_grad
-        grad_mask = torch.zeros_like(mask) if needs_mask and residual_statistics is None else None
-        grads = (grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=False))
-        return None, None, grad_grad_output, grad_mask, None, None, *grads
-
-
-def _passed(ops, mask, statistics, input, *vectors):
-    """Where the ReLU passed."""
-    mask = _recomputed(ops, statistics, input, *vectors) if mask is None else mask
-    return unpack_mask(mask, input) if mask.dtype == torch.uint8 else ~(mask <= 0)
+        _, _, _, _, _, *needed = ctx.needs_input_grad
+        grads = (grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True))
+        return None, None, grad_grad_output, None, None, *grads
 
 
 def _batch_norm(statistics, training, eps, input, weight, bias, input_bias):

@@ -96,27 +96,30 @@ def check_arguments(
             raise ValueError(f"{prefix}running_mean, {prefix}running_var: expected both where training=False, got None")
 
 
-def check_of_forward(input, weight, bias, input_bias, statistics, prefix="") -> None:
-    """What a backward, or a recomputation, gets of a batch norm beside its input."""
+def check(input, residual, batch_norm, residual_batch_norm, training) -> None:
+    """Raise ValueError or TypeError where a call, of the arguments of the last public function, is refused."""
+    check_arguments(input, **batch_norm._asdict(), training=training)
+    if residual_batch_norm is None:
+        if residual is not None:
+            check_device("residual", residual, input)
+        return
+    check_residual(residual, input)
+    check_arguments(residual, **residual_batch_norm._asdict(), training=training, prefix="residual_")
+    for name in ("running_mean", "running_var", "num_batches_tracked") if training else ():
+        tensor = getattr(batch_norm, name)
+        if tensor is not None and tensor is getattr(residual_batch_norm, name):
+            raise ValueError(f"residual_{name}: expected one of its own, got the {name} of the input's batch norm")
+
+
+def check_of_forward(input, statistics, *norms) -> None:
+    """What a backward, or a recomputation, gets of the batch norms: of each (weight, bias, input_bias)."""
     _check_input(input)
-    _check_vectors(input, prefix, weight=weight, bias=bias, input_bias=input_bias)
-    check_device(f"{prefix}statistics", statistics, input)
-    shape = (2, input.shape[1])
+    for prefix, (weight, bias, input_bias) in zip(("", "residual_"), norms, strict=False):
+        _check_vectors(input, prefix, weight=weight, bias=bias, input_bias=input_bias)
+    check_device("statistics", statistics, input)
+    shape = (len(norms), 2, input.shape[1])
     if statistics.shape != shape or statistics.dtype != torch.float64 or not statistics.is_contiguous():
         raise ValueError(
-            f"{prefix}statistics: expected a contiguous float64 tensor of shape {shape}, "
+            f"statistics: expected a contiguous float64 tensor of shape {shape}, "
             f"got {tuple(statistics.shape)} of {statistics.dtype}"
         )
-
-
-def check_batch_norms(input, *arguments) -> None:
-    """:func:`check_arguments` of the op of two batch norms: its arguments, in its order."""
-    *first, momentum, eps = arguments[:8]
-    residual, *second, residual_momentum, residual_eps, training = arguments[8:]
-    check_arguments(input, *first, training, momentum, eps)
-    check_residual(residual, input)
-    check_arguments(residual, *second, training, residual_momentum, residual_eps, prefix="residual_")
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    for name, tensor, other in zip(names, first[3:], second[3:], strict=True) if training else ():
-        if tensor is not None and tensor is other:
-            raise ValueError(f"residual_{name}: expected one of its own, got the {name} of the input's batch norm")

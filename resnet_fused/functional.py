@@ -2,7 +2,7 @@
 
 from . import autograd, reference
 from .backend import ops_for
-from .checks import check_arguments
+from .checks import check, check_arguments
 from .ops import BatchNorm
 
 
@@ -152,5 +152,5 @@ def _call(input, residual, batch_norm, residual_batch_norm, training):
         if output is not None:
             return output
     arguments = input, residual, batch_norm, residual_batch_norm, training
-    autograd.check(*arguments)
+    check(*arguments)
     return reference.batch_norm_add_relu(*arguments)

@@ -1,14 +1,12 @@
 """Calls of the raw ops, by name: all that tests know of their schemas, of the order of arguments and of what is saved.
 
-Values and gradients are tested by the public functions; by these what only an op shows: launches, refusals, fakes.
+Values and gradients are tested by the public functions; by these what only an op shows: launches, refusals.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-from resnet_fused.ops import saved_for_mask
 
 
 class Call(NamedTuple):
@@ -23,6 +21,9 @@ class Call(NamedTuple):
         return dict(zip(self.outputs, outputs if len(self.outputs) > 1 else [outputs], strict=True))
 
 
+_OF_RESIDUAL = {"residual_momentum": 0.1, "residual_eps": 1e-5}
+
+
 def _call(ops, name, problem, needed=None, **values):
     """``ops``: of a backend, or functions like them. ``needed``: what gets gradients, by default all that there is."""
     schema, device = getattr(torch.ops.resnet_fused, name).default._schema, problem.input.device
@@ -34,9 +35,13 @@ def _call(ops, name, problem, needed=None, **values):
         **tensors,
         **{name: tensor if tensor is None else tensor.clone() for name, tensor in running.items()},
         **{f"need_{name}": name in needed for name in tensors},
-        **{f"{prefix}num_batches_tracked": torch.tensor(3, device=device) for prefix in ("", "residual_")},
-        **{f"{prefix}momentum": 0.1 for prefix in ("", "residual_")},
-        **{f"{prefix}eps": 1e-5 for prefix in ("", "residual_")},
+        "num_batches_tracked": torch.tensor(3, device=device),
+        "residual_num_batches_tracked": torch.tensor(3, device=device) if problem.normalizes_residual else None,
+        "momentum": 0.1,
+        "eps": 1e-5,
+        **(_OF_RESIDUAL if problem.normalizes_residual else dict.fromkeys(_OF_RESIDUAL)),
+        "need_mask": True,
+        "statistics": None,
         **problem.options,
         **values,
     }
@@ -44,22 +49,18 @@ def _call(ops, name, problem, needed=None, **values):
     return Call(getattr(ops, name), arguments, [output.name for output in schema.returns])
 
 
-def _name(problem):
-    if problem.normalizes_residual:
-        return "batch_norm_add_batch_norm_relu"
-    return "batch_norm_relu" if problem.residual is None else "batch_norm_add_relu"
-
-
 def forward(ops, problem, **values):
-    return _call(ops, _name(problem), problem, **values)
+    return _call(ops, "batch_norm_add_relu", problem, **values)
+
+
+def recompute(ops, problem, outputs, **values):
+    """The forward by its own statistics, given: the running ones are neither asked for nor written."""
+    running = dict.fromkeys(problem.RUNNING)
+    return forward(ops, problem, **running, statistics=outputs["statistics"], need_mask=False, **values)
 
 
 def backward(ops, problem, outputs, **values):
     """``outputs``: of :func:`forward`, by name."""
-    if "mask" in outputs:
-        outputs = outputs | {"mask": saved_for_mask(outputs["output"], outputs["mask"])}
-    return _call(ops, f"{_name(problem)}_backward", problem, **{**outputs, **values})
-
-
-def recompute(ops, problem, outputs, **values):
-    return _call(ops, "batch_norm_relu_recompute", problem, **outputs, **values)
+    if not problem.normalizes_residual:  # of one that is added as it is nothing is needed
+        values = {"residual": None} | values
+    return _call(ops, "batch_norm_add_relu_backward", problem, **(outputs | values))

@@ -58,7 +58,7 @@ def test_the_public_names_are_there():
 def test_auto_runs_the_fused_op_and_nothing_of_eagers(backend, device):
     with use_backend("auto"):
         ops = _ops_of(lambda: _call(device)[1].sum().backward())
-    assert "resnet_fused::batch_norm_relu" in ops and "resnet_fused::batch_norm_relu_backward" in ops
+    assert "resnet_fused::batch_norm_add_relu" in ops and "resnet_fused::batch_norm_add_relu_backward" in ops
     assert not ops & {"aten::batch_norm", "aten::native_batch_norm", "aten::relu"}
 
 
@@ -76,7 +76,7 @@ def test_a_backward_runs_on_its_forwards_backend(backend, device):
     x, output = _call(device)
     with use_backend("eager"):
         ops = _ops_of(lambda: output.sum().backward())
-    assert backend_module.get(backend).ops.batch_norm_relu_backward.name() in ops
+    assert backend_module.get(backend).ops.batch_norm_add_relu_backward.name() in ops
 
 
 def test_use_backend_nests_and_restores_after_an_error():
@@ -155,7 +155,7 @@ def test_an_op_may_refuse_by_any_error_and_other_errors_are_raised(error):
     """C++ refuses by RuntimeError, Triton's glue by what it means."""
 
     class Ops:
-        def forward(self, *arguments):
+        def forward(self, *arguments, **options):
             raise error("no")
 
     norm = functional.BatchNorm(torch.zeros(3), torch.ones(3), num_batches_tracked=torch.tensor(3.0))

@@ -183,26 +183,18 @@ def test_tensors_of_another_device_than_the_current_one(emulation):
 
 
 INVALID_CONFIGURATION, NO_KERNEL_IMAGE = 9, 209  # cudaError_t
-OPS = {True: "batch_norm_add_relu", False: "batch_norm_relu", "normalized": "batch_norm_add_batch_norm_relu"}
 
 
 @pytest.mark.parametrize("launch", range(4))
 def test_a_failed_launch_names_op_shape_and_grid(emulation, with_residual, launch):
     problem = Problem.random((4, 8, 6, 5), torch.float32, "contiguous", "cpu", with_residual)
     emulation.fail_launch(INVALID_CONFIGURATION, launch)
-    op = OPS[with_residual] + ("" if launch < 2 else "_backward")
+    op = "batch_norm_add_relu" + ("" if launch < 2 else "_backward")
     message = f"resnet_fused: {op} of an input of shape (4, 8, 6, 5): a launch of "
     message = re.escape(message) + r"\d+ blocks of \d+ x \d+ threads: cudaErrorInvalidConfiguration: "
     with pytest.raises(RuntimeError, match=message):
         problem.run()
     problem.check(clipped=None)  # it leaves nothing behind
-
-
-def test_a_failed_recomputation_names_itself(emulation):
-    emulation.fail_launch(INVALID_CONFIGURATION, 0)
-    statistics = torch.ones(2, 8, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match=r"relu_recompute of an input of shape \(4, 8\): a launch of 1 blo"):
-        cuda_on_cpu.ops().batch_norm_relu_recompute(torch.randn(4, 8), None, None, statistics)
 
 
 def test_a_gpu_that_was_not_built_for_is_told_how(emulation):

@@ -34,15 +34,8 @@ BLOCKS = (384, 256, 192)  # threads: the sizes that the plan chooses among
 # many it holds.
 FEWER_BLOCKS = {
     "sm_120": {
-        256: {"gradient_sums<half, 8, input>": 2, "gradient_sums<bfloat16, 8, input>": 2},
         192: {
-            "statistics<half, 8>": 3,
-            "statistics<bfloat16, 8>": 3,
-            **{
-                f"gradient_sums<{element}, 8, {mask}>": blocks
-                for element in ("half", "bfloat16")
-                for mask, blocks in (("bits", 3), ("output", 3), ("input", 2))
-            },
+            f"{name}<{element}, 8>": 3 for name in ("statistics", "gradient_sums") for element in ("half", "bfloat16")
         },
     }
 }
@@ -53,12 +46,12 @@ FULL_WIDTHS = {"half": 8, "bfloat16": 8, "float": 4, "double": 2}
 VARIANTS = {
     "statistics": (None,),
     "normalize": ("relu", "add_relu", "add_batch_norm_relu"),
-    "gradient_sums": ("bits", "output", "input"),
-    "input_gradient": ("bits", "output", "input"),
+    "gradient_sums": (None,),
+    "input_gradient": (None,),
 }
 MANGLED = re.compile(
     r"\d(?P<name>statistics|normalize|gradient_sums|input_gradient)"
-    r"I(?P<element>6__half|13__nv_bfloat16|f|d)Li(?P<width>\d+)E(?:L\w*8ResidualE(?P<residual>\d)E|L\w*4MaskE(?P<mask>\d)E)?EEv"
+    r"I(?P<element>6__half|13__nv_bfloat16|f|d)Li(?P<width>\d+)E(?:L\w*8ResidualE(?P<residual>\d)E)?EEv"
 )
 ELEMENTS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 
@@ -95,8 +88,6 @@ def kernel_of(mangled):
     variant = None
     if match["residual"]:
         variant = VARIANTS["normalize"][int(match["residual"])]  # in the order of the enumeration Residual
-    elif match["mask"]:
-        variant = VARIANTS["gradient_sums"][int(match["mask"])]  # in the order of the enumeration Mask
     return Kernel(match["name"], ELEMENTS[match["element"]], int(match["width"]), variant)
 
 
@@ -239,9 +230,8 @@ def traffic_of(kernel):
         return Traffic(loads=1)
     if kernel.name == "normalize":
         with_residual = kernel.variant != "relu"
-        return Traffic(loads=1 + with_residual, stores=1, mask_stores=with_residual)
-    loads, stores = 2 + (kernel.variant == "output"), 0 if kernel.name == "gradient_sums" else 2
-    return Traffic(loads=loads, stores=stores, mask_loads=kernel.variant == "bits")
+        return Traffic(loads=1 + with_residual, stores=1, mask_stores=1)
+    return Traffic(loads=2, stores=0 if kernel.name == "gradient_sums" else 2, mask_loads=1)
 
 
 def narrow_accesses(code, expected):

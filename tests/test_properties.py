@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +151,9 @@ def test_each_instruction_set_equals_the_reference(capability):
     done = _run_with_capability(capability, "-c", _CHECK)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == capability
+    options = "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow and not expensive", "-k", "cpu and not cuda"
+    done = _run_with_capability(capability, "-m", "pytest", *options, str(Path(__file__).with_name("test_edges.py")))
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "sse9"])

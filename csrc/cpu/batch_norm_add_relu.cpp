@@ -1,7 +1,5 @@
-// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on the CPU: tensors in, kernels called, tensors out;
-// the three ops share all of it.
+// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on the CPU: tensors in, kernels called, tensors out.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <memory>
 #include <type_traits>
@@ -16,7 +14,6 @@ namespace {
 struct Cpu {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
-  static Tensor recompute(const NormBackwardArguments&);
 };
 
 Plan plan_of(const Tensor& input, MemoryFormat format) {
@@ -147,11 +144,10 @@ class CoefficientBuffer {
   double* mean() { return values_.get(); }
   double* scale() { return values_.get() + channels_; }
   double* shift() { return values_.get() + 2 * channels_; }
-  double* offset() { return values_.get() + 3 * channels_; }
-  double* slope() { return values_.get() + 4 * channels_; }
+  double* slope() { return values_.get() + 3 * channels_; }
+  double* offset() { return values_.get() + 4 * channels_; }
   double* scratch() { return values_.get() + 5 * channels_; }
-  Coefficients forward() { return {mean(), scale(), shift(), nullptr, nullptr}; }
-  Coefficients backward() { return {mean(), scale(), shift(), offset(), slope()}; }
+  Coefficients get() { return {mean(), scale(), shift(), slope(), offset()}; }
 
   // Once for each channel: weight and bias become scale and shift, of (input - mean) * invstd * weight + bias with the
   // mean rounded to the accumulation type, and what that dropped made up for in the shift: at mean 1e4 and std 1e-2 it
@@ -174,42 +170,46 @@ class CoefficientBuffer {
 
 // ---- Forward ----
 
-// Joins the moments of the chunks, in their order (Chan et al.'s parallel update), to the mean and the sum of squared
-// deviations from it, m2, of channels [begin, end). Chunk by chunk, as its divisions then serve every channel: channel
-// by channel they took a fifth of a forward of 32x512x3x3.
+// Joins the moments of the chunks, in their order, to the mean and the sum of squared deviations from it, m2, of
+// channels [begin, end). Chunk by chunk, so that these loops are over channels.
 void join_moments(const Plan& plan, const Moments* partial, int64_t begin, int64_t end, double* mean, double* m2) {
-  double count = 0;
-  for (int64_t index = 0; index < plan.chunks; ++index, partial += plan.channels) {
-    const double next_count = static_cast<double>(plan.chunk(index).count()), inverse = 1 / next_count;
-    const double share = next_count / (count + next_count), weight = count * share;
+  const double inverse = 1 / static_cast<double>(plan.outer * plan.inner);
+  std::fill(mean + begin, mean + end, 0), std::fill(m2 + begin, m2 + end, 0);
+  for (int64_t index = 0; index < plan.chunks; ++index) {
+    const Moments* next = partial + index * plan.channels;
+    const double count = static_cast<double>(plan.chunk(index).count());
+    for (int64_t c = begin; c < end; ++c) mean[c] += (next[c].sum + count * next[c].origin) * inverse;
+  }
+  for (int64_t index = 0; index < plan.chunks; ++index) {
+    const Moments* next = partial + index * plan.channels;
+    const double count = static_cast<double>(plan.chunk(index).count());
     for (int64_t c = begin; c < end; ++c) {
-      const double next_mean = partial[c].origin + partial[c].sum * inverse;
-      const double next_m2 = partial[c].square - partial[c].sum * partial[c].sum * inverse;
-      const double delta = index == 0 ? 0 : next_mean - mean[c];  // an infinite mean would make it NaN
-      mean[c] = index == 0 ? next_mean : mean[c] + delta * share;
-      m2[c] = index == 0 ? next_m2 : m2[c] + next_m2 + delta * delta * weight;
+      const double shift = next[c].origin - mean[c];
+      m2[c] += next[c].square + shift * (2 * next[c].sum + count * shift);
     }
-    count += next_count;
   }
 }
 
 // One batch norm of a forward.
 class NormForward {
  public:
-  NormForward(const NormArguments& a, const Tensor& input, const Tensor& statistics, bool training, const Plan& plan)
+  NormForward(const NormArguments& a, const Tensor& input, double* statistics, bool takes_batch, const Plan& plan)
       : a_(a),
         input_(input),
         plan_(plan),
         kernel_(kernels(element_type(input))),
-        means_(static_cast<double*>(statistics.data_ptr())),
+        means_(statistics),
         invstds_(means_ + plan.channels),
         running_means_(a.running_mean, 0),
         running_vars_(a.running_var, 1),
         dropped_bias_(a.input_bias, 0),
         coefficients_(plan.channels, element_type(input), PerChannel(a.weight, 1), PerChannel(a.bias, 0)),
-        partial_(uninitialised<Moments>(training ? plan.chunks * plan.channels : 0)) {}
+        partial_(uninitialised<Moments>(takes_batch ? plan.chunks * plan.channels : 0)) {}
 
-  Coefficients coefficients() { return coefficients_.forward(); }
+  const void* input() const { return input_.data_ptr(); }
+  Coefficients coefficients() { return coefficients_.get(); }
+
+  void take_given_statistics() { coefficients_.set(0, plan_.channels, means_, invstds_); }
 
   void take_running_statistics() {
     double* dropped = coefficients_.scratch();
@@ -220,7 +220,7 @@ class NormForward {
     set_coefficients(0, plan_.channels, invstds_);
   }
 
-  void reduce(Work work) const { kernel_.moments(plan_, work, input_.data_ptr(), partial_.get()); }
+  void reduce(Work work) const { kernel_.moments(plan_, work, input(), partial_.get()); }
 
   void finish(int64_t begin, int64_t end) {
     const double n = static_cast<double>(a_.input.numel() / plan_.channels);
@@ -251,7 +251,7 @@ class NormForward {
   }
 
   const NormArguments& a_;
-  const Tensor& input_;
+  Tensor input_;
   const Plan& plan_;
   const Kernels& kernel_;
   double *means_, *invstds_;
@@ -265,37 +265,37 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   const Tensor& input = a.input();
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
   const MemoryFormat format = memory_format(input);
-  ForwardResults results{empty_like(input, format), Tensor(), {}};
-  std::array<Tensor, 2> dense;
+  ForwardResults results(a, format);
   for (int i = 0; i < a.count; ++i) {
-    dense[i] = as_format(a.norms[i].input, format);
-    results.statistics[i] = empty_matrix(input, 2, a.channels(), aoti_torch_dtype_float64());
-    if (a.training && a.norms[i].num_batches_tracked) ++*counter_of(a.norms[i]);
+    if (a.takes_batch() && a.norms[i].num_batches_tracked) ++*counter_of(a.norms[i]);
   }
   if (a.values() == 0) {  // nothing to normalise: the statistics that come back are never used
-    for (int i = 0; i < a.count; ++i) {
-      std::fill_n(static_cast<double*>(results.statistics[i].data_ptr()), 2 * a.channels(), 0);
-    }
+    if (!a.statistics) std::fill_n(statistics_of(results.statistics, 0, 0), a.count * 2 * a.channels(), 0);
+    if (a.need_mask) results.mask = empty_tensor(input, {1, 0}, aoti_torch_dtype_uint8());
     return results;
   }
-  if (a.residual != nullptr) dense[1] = as_format(*a.residual, format);
   const Plan plan = plan_of(input, format);
-  const Kernels& kernel = kernels(element_type(input));
+  if (a.need_mask) {
+    results.mask = empty_tensor(input, {plan.mask_rows(), plan.mask_row_bytes()}, aoti_torch_dtype_uint8());
+  }
   std::vector<NormForward> norms;
   norms.reserve(a.count);
   for (int i = 0; i < a.count; ++i) {
-    norms.emplace_back(a.norms[i], dense[i], results.statistics[i], a.training, plan);
+    norms.emplace_back(a.norms[i], as_format(a.norms[i].input, format),
+                       statistics_of(results.statistics, i, a.channels()), a.takes_batch(), plan);
   }
+  const Tensor added = a.residual && a.count == 1 ? as_format(*a.residual, format) : Tensor();
+  const void* residual = a.count == 2 ? norms[1].input() : added.defined() ? added.data_ptr() : nullptr;
+  uint8_t* mask = a.need_mask ? static_cast<uint8_t*>(results.mask.data_ptr()) : nullptr;
 
   const auto normalize = [&](Work work) {
-    const bool has_residual = dense[1].defined();
     const Coefficients of_residual = norms.back().coefficients();
-    kernel.normalize(plan, work, norms[0].coefficients(), dense[0].data_ptr(),
-                     has_residual ? dense[1].data_ptr() : nullptr, a.count == 2 ? &of_residual : nullptr,
-                     results.output.data_ptr());
+    kernels(element_type(input))
+        .normalize(plan, work, norms[0].coefficients(), norms[0].input(), residual,
+                   a.count == 2 ? &of_residual : nullptr, results.output.data_ptr(), mask);
   };
-  if (!a.training) {
-    for (NormForward& norm : norms) norm.take_running_statistics();
+  if (!a.takes_batch()) {
+    for (NormForward& norm : norms) a.statistics ? norm.take_given_statistics() : norm.take_running_statistics();
     for_each_chunk(plan, normalize);
     return results;
   }
@@ -309,49 +309,32 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   return results;
 }
 
-Tensor Cpu::recompute(const NormBackwardArguments& a) {
-  STD_TORCH_CHECK(a.input.is_cpu(), "input: expected a CPU tensor");
-  const MemoryFormat format = memory_format(a.input);
-  const Tensor output = empty_like(a.input, format);
-  if (a.input.numel() == 0) return output;
-  const Tensor dense = as_format(a.input, format);
-  const Plan plan = plan_of(a.input, format);
-  const ElementType type = element_type(a.input);
-  const auto* means = static_cast<const double*>(a.statistics.data_ptr());
-  CoefficientBuffer coefficients(plan.channels, type, PerChannel(a.weight, 1), PerChannel(a.bias, 0));
-  coefficients.set(0, plan.channels, means, means + plan.channels);
-  for_each_chunk(plan, [&](Work work) {
-    kernels(type).normalize(plan, work, coefficients.forward(), dense.data_ptr(), nullptr, nullptr, output.data_ptr());
-  });
-  return output;
-}
-
 // ---- Backward ----
 
 // One batch norm of a backward.
 class NormBackward {
  public:
-  NormBackward(const NormBackwardArguments& a, const NormGradients& grad, bool training, const Plan& plan,
-               MemoryFormat format)
+  // grad_residual: of one that was added as it is, or nullptr.
+  NormBackward(const NormBackwardArguments& a, const double* statistics, const NormGradients& grad, void* grad_residual,
+               bool training, const Plan& plan, MemoryFormat format)
       : plan_(plan),
         kernel_(kernels(element_type(a.input))),
         training_(training),
         input_(as_format(a.input, format)),
-        grad_input_(grad.input),
+        grad_input_(grad.input.defined() ? grad.input.data_ptr() : nullptr),
+        grad_residual_(grad_residual),
         grad_gamma_(grad.weight),
         grad_beta_(grad.bias),
         grad_dropped_(grad.input_bias),
-        means_(static_cast<const double*>(a.statistics.data_ptr())),
+        means_(statistics),
         invstds_(means_ + plan.channels),
         coefficients_(plan.channels, element_type(a.input), PerChannel(a.weight, 1), PerChannel(a.bias, 0)),
-        partial_(uninitialised<GradientSums>(plan.chunks * plan.channels)) {
+        partial_(uninitialised<Sums>(plan.chunks * plan.channels)) {
     coefficients_.set(0, plan.channels, means_, invstds_);
   }
 
-  // Sums, and writes the masked gradient where that is not nullptr.
-  void reduce(Work work, GradientSource source, void* masked) {
-    source.input = input_.data_ptr();
-    kernel_.gradient_sums(plan_, work, coefficients_.forward(), source, masked, partial_.get());
+  void reduce(Work work, const Gradient& gradient) {
+    kernel_.gradient_sums(plan_, work, coefficients_.get(), gradient, input_.data_ptr(), partial_.get());
   }
 
   void finish(int64_t begin, int64_t end) {
@@ -359,8 +342,8 @@ class NormBackward {
     double *sums = coefficients_.offset(), *dots = coefficients_.slope(), *gradient = coefficients_.scratch();
     std::fill(sums + begin, sums + end, 0), std::fill(dots + begin, dots + end, 0);
     for (int64_t index = 0; index < plan_.chunks; ++index) {
-      const GradientSums* next = partial_.get() + index * plan_.channels;
-      for (int64_t c = begin; c < end; ++c) sums[c] += next[c].sum, dots[c] += next[c].dot;
+      const Sums* next = partial_.get() + index * plan_.channels;
+      for (int64_t c = begin; c < end; ++c) sums[c] += next[c].first, dots[c] += next[c].second;
     }
     grad_beta_.write(begin, end, sums);
     // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
@@ -368,41 +351,41 @@ class NormBackward {
     grad_dropped_.write(begin, end, gradient);
     for (int64_t c = begin; c < end; ++c) {
       const double dropped = means_[c] - coefficients_.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
-      const double dot = dots[c] - dropped * sums[c], slope = dot * invstds_[c] * invstds_[c] / n;
+      const double dot = dots[c] - dropped * sums[c], scale = coefficients_.scale()[c];
+      const double slope = dot * invstds_[c] * invstds_[c] / n;
       gradient[c] = dot * invstds_[c];
-      coefficients_.slope()[c] = slope;
-      coefficients_.offset()[c] = sums[c] / n - dropped * slope;
+      coefficients_.slope()[c] = -slope * scale;
+      coefficients_.offset()[c] = (dropped * slope - sums[c] / n) * scale;
     }
     grad_gamma_.write(begin, end, gradient);
   }
 
-  void apply(Work work, GradientSource source, void* grad_residual) {
-    if (!grad_input_.defined()) return;
-    source.input = input_.data_ptr();
-    const Coefficients coefficients = training_ ? coefficients_.backward() : coefficients_.forward();
-    kernel_.grad_input(plan_, work, coefficients, source, grad_input_.data_ptr(), grad_residual);
+  void apply(Work work, const Gradient& gradient) {
+    if (grad_input_ == nullptr && grad_residual_ == nullptr) return;
+    Coefficients coefficients = coefficients_.get();
+    if (!training_) coefficients.slope = coefficients.offset = nullptr;
+    kernel_.input_gradient(plan_, work, coefficients, gradient, input_.data_ptr(), grad_input_, grad_residual_);
   }
 
  private:
   const Plan& plan_;
   const Kernels& kernel_;
   bool training_;
-  Tensor input_, grad_input_;
+  Tensor input_;
+  void *grad_input_, *grad_residual_;
   PerChannel grad_gamma_, grad_beta_, grad_dropped_;
   const double *means_, *invstds_;
   CoefficientBuffer coefficients_;
-  std::unique_ptr<GradientSums[]> partial_;
+  std::unique_ptr<Sums[]> partial_;
 };
 
 BackwardResults Cpu::backward(const BackwardArguments& a) {
   a.check();
   const Tensor& input = a.input();
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
-  // The output itself: bits would save next to nothing here.
-  if (a.mask != nullptr) check_like_input(*a.mask, "mask", input);
   const MemoryFormat format = memory_format(input);
-  const BackwardResults grad(a, format);
   if (a.values() == 0) {
+    const BackwardResults grad(a, format);
     const std::vector<double> zeros(a.channels());
     for (const NormGradients& of_norm : grad.norms) {
       for (const Tensor& vector : {of_norm.weight, of_norm.bias, of_norm.input_bias}) {
@@ -411,41 +394,31 @@ BackwardResults Cpu::backward(const BackwardArguments& a) {
     }
     return grad;
   }
-
   const Plan plan = plan_of(input, format);
+  const uint8_t* mask = check_mask(a, plan.mask_rows(), plan.mask_row_bytes());
+  const BackwardResults grad(a, format);
   std::vector<NormBackward> norms;
   norms.reserve(a.count);
-  bool sums = a.training || a.need_residual;
+  bool sums = false;
   for (int i = 0; i < a.count; ++i) {
-    sums |= a.norms[i].needed.sums();
-    if (a.count == 2 && !a.norms[i].needed.any()) continue;
-    norms.emplace_back(a.norms[i], grad.norms[i], a.training, plan, format);
+    const Needed& needed = a.norms[i].needed;
+    void* residual = i == 0 && a.need_residual ? grad.residual.data_ptr() : nullptr;
+    if (!needed.any() && residual == nullptr) continue;
+    sums |= needed.sums() || (a.training && needed.input);
+    norms.emplace_back(a.norms[i], statistics_of(a.statistics, i, a.channels()), grad.norms[i], residual, a.training,
+                       plan, format);
   }
 
-  const Tensor dy = as_format(a.grad_output, format), y = a.mask != nullptr ? as_format(*a.mask, format) : Tensor();
-  const GradientSource source{dy.data_ptr(), nullptr, y.defined() ? y.data_ptr() : nullptr, nullptr};
-  // The first pass leaves the gradient masked where it is the residual's gradient or, at last, that takes its place. Of
-  // a block that streams it is the second pass, which finds all that masks it in the cache, and writes past that: the
-  // backward of 32x64x56x56 took 7.8 ms in place of 10.6 on one core.
-  const Tensor& to_residual = norms.size() == 2 ? grad.norms[1].input : grad.residual;
-  const bool in_second =
-      plan.streams && plan.group < plan.channels && a.training && norms.size() == 1 && grad.norms[0].input.defined();
-  void* residual = sums && to_residual.defined() ? to_residual.data_ptr() : nullptr;
-  void *masked = in_second ? nullptr : residual, *grad_residual = in_second ? residual : nullptr;
-  GradientSource masked_source = source;
-  masked_source.masked = masked;
-
+  const Tensor dy = as_format(a.grad_output, format);
+  const Gradient gradient{dy.data_ptr(), mask};
   const auto reduce = [&](Work work) {
-    for (NormBackward& norm : norms) {
-      const bool is_first = &norm == &norms.front();
-      norm.reduce(work, is_first ? source : masked_source, is_first ? masked : nullptr);
-    }
+    for (NormBackward& norm : norms) norm.reduce(work, gradient);
   };
   const auto finish = [&](int64_t begin, int64_t end) {
     for (NormBackward& norm : norms) norm.finish(begin, end);
   };
   const auto apply = [&](Work work) {
-    for (NormBackward& norm : norms) norm.apply(work, masked_source, grad_residual);
+    for (NormBackward& norm : norms) norm.apply(work, gradient);
   };
   if (sums) {
     for_each_chunk_twice(plan, reduce, finish, apply);

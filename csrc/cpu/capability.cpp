@@ -16,7 +16,8 @@ struct Capability {
 const Capability kCapabilities[] = {
     {"baseline", true, baseline::kernels},
 #if defined(__x86_64__)
-    {"avx2", __builtin_cpu_supports("avx2") != 0, avx2::kernels},
+    {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"),
+     avx2::kernels},
     {"avx512",
      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl"),

@@ -1,8 +1,8 @@
 // What the glue (batch_norm_add_relu.cpp) and the kernels (kernels_impl.h, compiled once per instruction set) share.
 #pragma once
 
-#if defined(__SSE2__)
-#include <emmintrin.h>  // here, as kernels_impl.h is compiled wide and includes nothing
+#if defined(__x86_64__)
+#include <immintrin.h>  // here, as kernels_impl.h is compiled wide and includes nothing
 #endif
 
 #include "../element_type.h"
@@ -16,22 +16,22 @@ struct Moments {
 };
 
 // Of one channel over one chunk: sums of the masked gradient g, and of g * (input - mean).
-struct GradientSums {
-  double sum, dot;
+struct Sums {
+  double first, second;
 };
 
-// Per channel, (C,), each value representable in the accumulation type, so that both passes compute the same bits:
+// Per channel, (C,), each value representable in the accumulation type:
 //   output = relu((input - mean) * scale + shift + residual), a residual of coefficients of its own taken likewise
-//   grad_input = (g - offset - (input - mean) * slope) * scale, or, where the statistics are constants, g * scale
+//   grad_input = g * scale + (input - mean) * slope + offset, or, where the statistics are constants, g * scale
 struct Coefficients {
   const double *mean, *scale, *shift;
-  const double *offset, *slope;  // nullptr where not needed
+  const double *slope, *offset;  // nullptr where not needed
 };
 
-// The masked gradient g is grad_output where the output is not <= 0. It is read off `masked` where that was written by
-// the first pass, else masked by `output`, else by the output as recomputed from input (no residual).
-struct GradientSource {
-  const void *grad_output, *input, *output, *masked;
+// Of the output, and the bits of the mask. The masked gradient g is the gradient where the ReLU passed, elsewhere 0.
+struct Gradient {
+  const void* grad_output;
+  const uint8_t* mask;
 };
 
 // Chunks [chunk_begin, chunk_end) of one block.
@@ -42,15 +42,13 @@ struct Work {
 // Tensors are dense and laid out as the plan says; partial sums are [chunks, channels].
 struct Kernels {
   void (*moments)(const Plan&, Work, const void* input, Moments* partial);
-  // residual and, where it is normalised, too, its coefficients: nullptr for none
+  // residual, its coefficients where it is normalised, too, and mask: nullptr for none
   void (*normalize)(const Plan&, Work, const Coefficients&, const void* input, const void* residual,
-                    const Coefficients* of_residual, void* output);
-  void (*gradient_sums)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_residual,
-                        GradientSums* partial);
-  // grad_input may be where the source's `masked` is; grad_residual: nullptr, or where the masked gradient goes, off an
-  // output and by the batch's statistics
-  void (*grad_input)(const Plan&, Work, const Coefficients&, const GradientSource&, void* grad_input,
-                     void* grad_residual);
+                    const Coefficients* of_residual, void* output, uint8_t* mask);
+  void (*gradient_sums)(const Plan&, Work, const Coefficients&, const Gradient&, const void* input, Sums* partial);
+  // grad_input, and grad_residual, where g goes: nullptr where not needed
+  void (*input_gradient)(const Plan&, Work, const Coefficients&, const Gradient&, const void* input, void* grad_input,
+                         void* grad_residual);
 };
 
 namespace baseline {

@@ -9,6 +9,7 @@
 #endif
 
 #define CPU_CAPABILITY avx512
+#define CPU_VECTOR_BYTES 64
 #include "kernels_impl.h"
 
 #if defined(__clang__)

@@ -1,5 +1,4 @@
-// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on a GPU: tensors in, kernels launched, tensors out;
-// the three ops share all of it.
+// relu(batch_norm(input) [+ residual, or + batch_norm(residual)]) on a GPU: tensors in, kernels launched, tensors out.
 #include <array>
 #include <initializer_list>
 #include <string>
@@ -14,7 +13,6 @@ namespace {
 struct Cuda {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
-  static Tensor recompute(const NormBackwardArguments&);
 };
 
 bool is_aligned(std::initializer_list<const void*> pointers) {
@@ -48,16 +46,12 @@ void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr(
 // In the accumulation type.
 Tensor scratch(const Tensor& input, int64_t rows, int64_t columns) {
   const bool is_double = input.scalar_type() == ScalarType::Double;
-  return empty_matrix(input, rows, columns, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return empty_tensor(input, {rows, columns}, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // Batch norm `i`'s, of `count` in one launch.
 Scratch scratch_of(const Tensor& partials, Device& device, int64_t channels, int i, int count) {
   return {partials.data_ptr(), device.zeros(count * channels) + i * channels};
-}
-
-std::string op_name(int count, bool adds) {
-  return count == 2 ? "batch_norm_add_batch_norm_relu" : adds ? "batch_norm_add_relu" : "batch_norm_relu";
 }
 
 [[noreturn]] void explain(const Error& error, const std::string& op, const Tensor& input) {
@@ -81,36 +75,38 @@ ForwardResults Cuda::forward(const ForwardArguments& a) try {
   const Tensor& input = a.input();
   Device device(input);
   const MemoryFormat format = memory_format(input);
-  ForwardResults results{empty_like(input, format), Tensor(), {}};
-  const bool is_empty = a.values() == 0, masks = a.training && (a.residual != nullptr || a.count == 2);
+  ForwardResults results(a, format);
+  const bool is_empty = a.values() == 0;
   std::array<Tensor, 2> dense, partials;
-  for (int i = 0; i < a.count; ++i) dense[i] = as_format(a.norms[i].input, format);
-  if (a.residual != nullptr) dense[1] = as_format(*a.residual, format);
+  dense[0] = as_format(input, format);
+  if (a.residual) dense[1] = as_format(*a.residual, format);
 
   Forward f{};
-  f.type = element_type(input), f.training = a.training, f.count = static_cast<unsigned>(a.count);
+  f.type = element_type(input), f.count = static_cast<unsigned>(a.count);
+  f.given = a.statistics.has_value(), f.training = a.training || f.given;
   f.residual = pointer(dense[1]), f.output = results.output.data_ptr();
   if (!is_empty) {
     f.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
                      is_aligned({dense[0].data_ptr(), f.residual, f.output}), device.multiprocessors());
+  } else if (!f.given) {
+    device.zero(results.statistics);  // nothing to normalise: those that come back are never used
   }
-  if (masks) {
-    results.mask = empty_matrix(input, f.plan.rows, f.plan.mask_stride(), aoti_torch_dtype_uint8());
+  if (a.need_mask) {
+    results.mask = empty_tensor(input, {f.plan.rows, f.plan.mask_stride()}, aoti_torch_dtype_uint8());
     f.mask = static_cast<uint8_t*>(results.mask.data_ptr());
   }
   for (int i = 0; i < a.count; ++i) {
     const NormArguments& norm = a.norms[i];
     NormForward& n = f.norms[i];
-    Tensor& statistics = results.statistics[i];
-    statistics = empty_matrix(input, 2, a.channels(), aoti_torch_dtype_float64());
-    if (is_empty) device.zero(statistics);  // nothing to normalise: those that come back are never used
-    n.input = dense[i].data_ptr(), n.statistics = static_cast<double*>(statistics.data_ptr());
+    n.input = dense[i].data_ptr(), n.statistics = statistics_of(results.statistics, i, a.channels());
     n.weight = channel_vector(norm.weight), n.bias = channel_vector(norm.bias);
     n.input_bias = channel_vector(norm.input_bias);
     n.running_mean = channel_vector(norm.running_mean), n.running_var = channel_vector(norm.running_var);
-    if (norm.num_batches_tracked) n.num_batches_tracked = static_cast<int64_t*>(norm.num_batches_tracked->data_ptr());
+    if (norm.num_batches_tracked && !f.given) {
+      n.num_batches_tracked = static_cast<int64_t*>(norm.num_batches_tracked->data_ptr());
+    }
     n.cumulative = !norm.momentum, n.momentum = norm.momentum.value_or(0), n.eps = norm.eps;
-    if (a.training && !is_empty) {
+    if (a.takes_batch() && !is_empty) {
       partials[i] = scratch(input, 2 * f.plan.partials(), a.channels());
       n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
     }
@@ -118,27 +114,7 @@ ForwardResults Cuda::forward(const ForwardArguments& a) try {
   cuda::forward(f, device.stream());
   return results;
 } catch (const Error& error) {
-  explain(error, op_name(a.count, a.residual != nullptr), a.input());
-}
-
-Tensor Cuda::recompute(const NormBackwardArguments& a) try {
-  const Device device(a.input);
-  const MemoryFormat format = memory_format(a.input);
-  const Tensor output = empty_like(a.input, format);
-  if (a.input.numel() == 0) return output;
-  const Tensor dense = as_format(a.input, format);
-
-  Forward f{};
-  f.type = element_type(a.input), f.count = 1, f.output = output.data_ptr();
-  f.training = true;  // where normalize takes the statistics that are there, of a frozen batch norm, too
-  f.plan = plan_of(extents_of(a.input, format), static_cast<int>(a.input.element_size()),
-                   is_aligned({dense.data_ptr(), f.output}), device.multiprocessors());
-  f.norms[0].input = dense.data_ptr(), f.norms[0].statistics = static_cast<double*>(a.statistics.data_ptr());
-  f.norms[0].weight = channel_vector(a.weight), f.norms[0].bias = channel_vector(a.bias);
-  cuda::recompute(f, device.stream());
-  return output;
-} catch (const Error& error) {
-  explain(error, "batch_norm_relu_recompute", a.input);
+  explain(error, "batch_norm_add_relu", a.input());
 }
 
 BackwardResults Cuda::backward(const BackwardArguments& a) try {
@@ -155,31 +131,23 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
     }
     return grad;
   }
-  const bool bits = a.mask != nullptr && a.mask->scalar_type() == ScalarType::Byte;
-  if (a.mask != nullptr && !bits) check_like_input(*a.mask, "mask", input);
   const Tensor dy = as_format(a.grad_output, format);
-  const Tensor y = a.mask != nullptr && !bits ? as_format(*a.mask, format) : Tensor();
   std::array<Tensor, 2> dense, projections, partials;
   for (int i = 0; i < a.count; ++i) dense[i] = as_format(a.norms[i].input, format);
 
   Backward b{};
   b.type = element_type(input), b.training = a.training, b.count = static_cast<unsigned>(a.count);
-  b.grad_output = dy.data_ptr(), b.output = pointer(y), b.grad_residual = pointer(grad.residual);
+  b.grad_output = dy.data_ptr(), b.grad_residual = pointer(grad.residual);
   b.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
-                   is_aligned({b.grad_output, b.output, b.grad_residual, pointer(dense[0]), pointer(dense[1]),
+                   is_aligned({b.grad_output, b.grad_residual, pointer(dense[0]), pointer(dense[1]),
                                pointer(grad.norms[0].input), pointer(grad.norms[1].input)}),
                    device.multiprocessors());
-  if (bits) {
-    const int64_t rows = b.plan.rows, bytes = b.plan.mask_stride();
-    STD_TORCH_CHECK(on_one_device(*a.mask, input) && a.mask->is_contiguous() && a.mask->numel() == rows * bytes,
-                    "mask: expected a contiguous tensor of shape (", rows, ", ", bytes, ") on the input's device");
-    b.mask = static_cast<const uint8_t*>(a.mask->data_ptr());
-  }
+  b.mask = check_mask(a, b.plan.rows, b.plan.mask_stride());
   for (int i = 0; i < a.count; ++i) {
     const NormBackwardArguments& norm = a.norms[i];
     const NormGradients& gradients = grad.norms[i];
     NormBackward& n = b.norms[i];
-    n.input = dense[i].data_ptr(), n.statistics = static_cast<const double*>(norm.statistics.data_ptr());
+    n.input = dense[i].data_ptr(), n.statistics = statistics_of(a.statistics, i, a.channels());
     n.weight = channel_vector(norm.weight), n.bias = channel_vector(norm.bias);
     n.grad_weight = channel_vector(gradients.weight), n.grad_bias = channel_vector(gradients.bias);
     n.grad_input_bias = channel_vector(gradients.input_bias), n.grad_input = pointer(gradients.input);
@@ -196,7 +164,7 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
   cuda::backward(b, device.stream());
   return grad;
 } catch (const Error& error) {
-  explain(error, op_name(a.count, a.mask != nullptr) + "_backward", a.input());
+  explain(error, "batch_norm_add_relu_backward", a.input());
 }
 
 }  // namespace

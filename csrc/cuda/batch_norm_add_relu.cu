@@ -48,14 +48,6 @@ __device__ __forceinline__ T narrow(acc_t<T> value) {
   }
 }
 
-// The largest value that is stored as 0.
-template <typename T>
-constexpr acc_t<T> kVanishing = 0;
-template <>
-constexpr float kVanishing<__half> = 0x1p-25f;
-template <>
-constexpr float kVanishing<__nv_bfloat16> = 0x1p-134f;
-
 // Calls f(T{}) with the element type, on the host or on the device as f is.
 #pragma nv_exec_check_disable
 template <typename F>
@@ -95,9 +87,8 @@ __device__ __forceinline__ void store(const ChannelVector& vector, int64_t chann
   });
 }
 
-// What both passes of a kind compute output and mask from, so that they get the same bits:
-//   (input - mean) * scale + shift, the mean rounded to A, and what that dropped made up for in the shift: at mean 1e4
-// and std 1e-2 it is 5 % of the std.
+// The output is (input - mean) * scale + shift, the mean rounded to A, and what that dropped made up for in the shift:
+// at mean 1e4 and std 1e-2 it is 5 % of the std.
 template <typename A>
 struct Coefficients {
   A mean, scale, shift;
@@ -109,14 +100,6 @@ struct Coefficients {
     shift = static_cast<A>(exact ? bias : bias - dropped * static_cast<double>(scale));
   }
 };
-
-// One fused multiply-add, by name: the compiler may not contract it in one pass and not in the other.
-__device__ __forceinline__ float normalized(float centered, float scale, float shift) {
-  return fmaf(centered, scale, shift);
-}
-__device__ __forceinline__ double normalized(double centered, double scale, double shift) {
-  return fma(centered, scale, shift);
-}
 
 // ---- Where a block and a thread stand ----
 
@@ -484,17 +467,15 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       if (kResidual != Residual::none) r = residual.template load_vector<kWidth>(at);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        A value = normalized(widen(x[k]) - mean[0][k], scale[0][k], shift[k]);
+        A value = (widen(x[k]) - mean[0][k]) * scale[0][k] + shift[k];
         if constexpr (kResidual == Residual::as_it_is) value += widen(r[k]);
-        if constexpr (kResidual == Residual::normalized) {
-          value = normalized(widen(r[k]) - mean[1][k], scale[1][k], value);
-        }
+        if constexpr (kResidual == Residual::normalized) value += (widen(r[k]) - mean[1][k]) * scale[1][k];
         y[k] = narrow<T>(0 > value ? 0 : value);  // NaN passes
         passed |= static_cast<unsigned>(!(widen(y[k]) <= 0)) << k;
       }
       output.template store_vector<kWidth>(at, y);
     }
-    if (kResidual == Residual::none || !mask) return;
+    if (!mask) return;
     // A byte of the mask is 8 columns, those of 8 / kWidth adjacent lanes.
     if constexpr (kWidth < 8) {
 #pragma unroll
@@ -515,48 +496,32 @@ __global__ void count_batches(const __grid_constant__ Forward f) {
 
 // ---- Backward ----
 
-// What the ReLU's mask is read off: its bits; the output; or the output as recomputed from the input (no residual).
-enum class Mask { bits, output, input };
-
-// The masked gradient g, grad_output where the output is not <= 0.
-template <typename T, int kWidth, Mask kMask>
+// The masked gradient g, grad_output where the ReLU passed.
+template <typename T, int kWidth>
 struct Gradient {
   using A = acc_t<T>;
   const Plan& plan;
-  Global<const T> grad_output, input, output;
+  Global<const T> grad_output, input;
   Global<const uint8_t> mask;
 
   __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm)
       : plan(b.plan),
         grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
         input(static_cast<const T*>(norm.input), b.plan.rows * b.plan.columns),
-        output(static_cast<const T*>(b.output), b.plan.rows * b.plan.columns),
         mask(b.mask, b.plan.rows * b.plan.mask_stride()) {}
 
   // Calls f(k, g, centered) for the columns of a row; g as stored, centered = input - mean. A select, not a product,
   // so that a NaN gradient where the output is <= 0 gives 0.
   template <typename F>
-  __device__ __forceinline__ void for_each(int64_t row, int64_t column, bool needs_input, const A* mean, const A* scale,
-                                           const A* shift, F f) const {
+  __device__ __forceinline__ void for_each(int64_t row, int64_t column, bool needs_input, const A* mean, F f) const {
     const int64_t at = row * plan.columns + column;
     const auto g = grad_output.template load_vector<kWidth>(at);
-    Vector<T, kWidth> x, y;
-    unsigned bits = 0;
-    if (needs_input || kMask == Mask::input) x = input.template load_vector<kWidth>(at);
-    if constexpr (kMask == Mask::output) y = output.template load_vector<kWidth>(at);
-    if constexpr (kMask == Mask::bits) bits = mask.load(row * plan.mask_stride() + column / 8) >> (column % 8);
+    Vector<T, kWidth> x;
+    if (needs_input) x = input.template load_vector<kWidth>(at);
+    const unsigned bits = mask.load(row * plan.mask_stride() + column / 8) >> (column % 8);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      const A centered = needs_input || kMask == Mask::input ? widen(x[k]) - mean[k] : 0;
-      bool passed;
-      if constexpr (kMask == Mask::bits) {
-        passed = bits >> k & 1;
-      } else if constexpr (kMask == Mask::output) {
-        passed = !(widen(y[k]) <= 0);
-      } else {
-        passed = !(normalized(centered, scale[k], shift[k]) <= kVanishing<T>);
-      }
-      f(k, passed ? g[k] : narrow<T>(0), centered);
+      f(k, bits >> k & 1 ? g[k] : narrow<T>(0), needs_input ? widen(x[k]) - mean[k] : 0);
     }
   }
 };
@@ -564,8 +529,7 @@ struct Gradient {
 template <typename A>
 __device__ __forceinline__ Coefficients<A> backward_coefficients(const NormBackward& b, int64_t channels, int64_t c) {
   const Global<const double> statistics(b.statistics, 2 * channels);
-  return {statistics.load(c), statistics.load(channels + c), load(b.weight, channels, c, 1),
-          load(b.bias, channels, c, 0)};
+  return {statistics.load(c), statistics.load(channels + c), load(b.weight, channels, c, 1), 0};
 }
 
 // A channel's last group: the gradients of the vectors, and what batch statistics take from the input's.
@@ -589,7 +553,7 @@ __device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBac
   projection.store(plan.channels + c, static_cast<A>(slope));
 }
 
-template <typename T, int kWidth, Mask kMask>
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     gradient_sums(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
@@ -597,25 +561,21 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, false, b.count);
 
-  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts;
+  __shared__ Shared<A, kMaxTileX * kWidth> means;
+  const Global<const double> statistics(norm.statistics, 2 * plan.channels);
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    const auto coefficients = backward_coefficients<A>(norm, plan.channels, position.first_channel + c);
-    means.store(c, coefficients.mean);
-    scales.store(c, coefficients.scale);
-    shifts.store(c, coefficients.shift);
+    means.store(c, static_cast<A>(statistics.load(position.first_channel + c)));
   }
   __syncthreads();
-  A mean[kWidth], scale[kWidth], shift[kWidth], sum[kWidth], dot[kWidth];
+  A mean[kWidth], sum[kWidth], dot[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) sum[k] = dot[k] = 0;
   if (position.inside) {
-    position.for_each_column([&](int k, int channel) {
-      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
-    });
-    const Gradient<T, kWidth, kMask> gradient(b, norm);
+    position.for_each_column([&](int k, int channel) { mean[k] = means.load(channel); });
+    const Gradient<T, kWidth> gradient(b, norm);
 #pragma unroll(kWidth < 8 ? 2 : 1)
     for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
-      gradient.for_each(row, position.column, true, mean, scale, shift, [&](int k, T masked, A centered) {
+      gradient.for_each(row, position.column, true, mean, [&](int k, T masked, A centered) {
         const A g = widen(masked);
         sum[k] += g;
         dot[k] += g * centered;
@@ -662,7 +622,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   });
 }
 
-template <typename T, int kWidth, Mask kMask>
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     input_gradient(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
@@ -670,7 +630,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, true, b.count);
 
-  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, shifts, offsets, slopes;
+  __shared__ Shared<A, kMaxTileX * kWidth> means, scales, offsets, slopes;
   const bool projects = norm.projection != nullptr;
   const Global<const A> projection(static_cast<const A*>(norm.projection), 2 * plan.channels);
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
@@ -678,28 +638,27 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     const auto coefficients = backward_coefficients<A>(norm, plan.channels, channel);
     means.store(c, coefficients.mean);
     scales.store(c, coefficients.scale);
-    shifts.store(c, coefficients.shift);
     offsets.store(c, projects ? projection.load(channel) : 0);
     slopes.store(c, projects ? projection.load(plan.channels + channel) : 0);
   }
   __syncthreads();
-  A mean[kWidth], scale[kWidth], shift[kWidth], offset[kWidth], slope[kWidth];
+  A mean[kWidth], scale[kWidth], offset[kWidth], slope[kWidth];
   if (position.inside) {
     position.for_each_column([&](int k, int channel) {
-      mean[k] = means.load(channel), scale[k] = scales.load(channel), shift[k] = shifts.load(channel);
+      mean[k] = means.load(channel), scale[k] = scales.load(channel);
       offset[k] = offsets.load(channel), slope[k] = slopes.load(channel);
     });
   }
 
   const int64_t size = plan.rows * plan.columns;
-  const Gradient<T, kWidth, kMask> gradient(b, norm);
+  const Gradient<T, kWidth> gradient(b, norm);
   const Global<T> grad_input(static_cast<T*>(norm.grad_input), size),
       grad_residual(static_cast<T*>(b.grad_residual), size);
   position.template for_each_row<true>([&](int64_t row) {
     if (!position.inside || row >= position.row_end) return;
     const int64_t at = row * plan.columns + position.column;
     Vector<T, kWidth> dx, dr;
-    gradient.for_each(row, position.column, projects, mean, scale, shift, [&](int k, T masked, A centered) {
+    gradient.for_each(row, position.column, projects, mean, [&](int k, T masked, A centered) {
       A g = widen(masked);
       if (projects) g = g - offset[k] - centered * slope[k];
       dx[k] = narrow<T>(g * scale[k]);
@@ -738,19 +697,6 @@ Backward filtered(const Backward& b, F is_needed) {
   return result;
 }
 
-template <Mask kMask>
-void backward_with(const Backward& b, cudaStream_t stream) {
-  const Backward sums = filtered(b, [](const NormBackward& norm) { return norm.scratch.partials != nullptr; });
-  const Backward gradients =
-      filtered(b, [&](const NormBackward& norm) { return norm.grad_input != nullptr || b.grad_residual != nullptr; });
-  with_type_and_width(b.type, b.plan.width, [&](auto element, auto width) {
-    using T = decltype(element);
-    launch(gradient_sums<T, width.value, kMask>, sums.count * b.plan.blocks(), block_of(b.plan), stream, sums);
-    launch(input_gradient<T, width.value, kMask>, gradients.count * b.plan.blocks(), block_of(b.plan), stream,
-           gradients);
-  });
-}
-
 }  // namespace
 
 unsigned* semaphores(size_t stream) {
@@ -766,7 +712,9 @@ void forward(const Forward& f, cudaStream_t stream) {
   }
   with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
     using T = decltype(element);
-    if (f.training) launch(statistics<T, width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
+    if (f.training && !f.given) {
+      launch(statistics<T, width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
+    }
     const auto second = f.residual == nullptr ? normalize<T, width.value, Residual::none>
                         : f.count == 1        ? normalize<T, width.value, Residual::as_it_is>
                                               : normalize<T, width.value, Residual::normalized>;
@@ -774,20 +722,15 @@ void forward(const Forward& f, cudaStream_t stream) {
   });
 }
 
-void recompute(const Forward& f, cudaStream_t stream) {
-  with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
-    launch(normalize<decltype(element), width.value, Residual::none>, f.plan.blocks(), block_of(f.plan), stream, f);
-  });
-}
-
 void backward(const Backward& b, cudaStream_t stream) {
-  if (b.mask != nullptr) {
-    backward_with<Mask::bits>(b, stream);
-  } else if (b.output != nullptr) {
-    backward_with<Mask::output>(b, stream);
-  } else {
-    backward_with<Mask::input>(b, stream);
-  }
+  const Backward sums = filtered(b, [](const NormBackward& norm) { return norm.scratch.partials != nullptr; });
+  const Backward gradients =
+      filtered(b, [&](const NormBackward& norm) { return norm.grad_input != nullptr || b.grad_residual != nullptr; });
+  with_type_and_width(b.type, b.plan.width, [&](auto element, auto width) {
+    using T = decltype(element);
+    launch(gradient_sums<T, width.value>, sums.count * b.plan.blocks(), block_of(b.plan), stream, sums);
+    launch(input_gradient<T, width.value>, gradients.count * b.plan.blocks(), block_of(b.plan), stream, gradients);
+  });
 }
 
 }  // namespace resnet_fused::cuda

@@ -46,7 +46,7 @@ class Device {
       if (unsigned* const of_stream = semaphores_of_stream()) return of_stream;
     }
     if (!zeros_.defined()) {
-      zeros_ = empty_vector(input_, count, aoti_torch_dtype_int32());
+      zeros_ = empty_tensor(input_, {count}, aoti_torch_dtype_int32());
       zero(zeros_);
     }
     return static_cast<unsigned*>(zeros_.data_ptr());

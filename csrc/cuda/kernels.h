@@ -39,12 +39,12 @@ struct NormForward {
 struct Forward {
   Plan plan;
   ElementType type;
-  bool training;
-  unsigned count;  // of batch norms: the second is the residual's
+  bool training, given;  // given: training's statistics are there already, and are not to be kept
+  unsigned count;        // of batch norms: the second is the residual's
   NormForward norms[2];
   const void* residual;  // nullptr for none
   void* output;
-  uint8_t* mask;  // [rows, plan.mask_stride()], or nullptr where there is no residual or no training
+  uint8_t* mask;  // [rows, plan.mask_stride()], or nullptr where not needed
 };
 
 // One batch norm of a backward.
@@ -64,8 +64,7 @@ struct Backward {
   unsigned count;
   NormBackward norms[2];
   const void* grad_output;
-  const uint8_t* mask;  // or nullptr
-  const void* output;   // or nullptr; with neither, the mask is recomputed from input
+  const uint8_t* mask;
   void* grad_residual;  // of one that was added as it is; nullptr where not needed
 };
 
@@ -75,10 +74,8 @@ constexpr size_t kStreams = 64;        // of a device that have some; torch's po
 // Those of the current device's `stream`th stream, zeros where no kernel runs.
 unsigned* semaphores(size_t stream);
 
-// Launches on the current device. In training two kernels, in eval one.
+// Launches on the current device. In training two kernels, in eval, or by given statistics, one.
 void forward(const Forward&, cudaStream_t);
-// The second of training's kernels alone, without a residual: statistics are read, the running ones absent.
-void recompute(const Forward&, cudaStream_t);
 // Two kernels, or the one that is needed.
 void backward(const Backward&, cudaStream_t);
 

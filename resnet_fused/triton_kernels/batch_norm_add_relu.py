@@ -7,14 +7,11 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from ..checks import check_arguments, check_batch_norms, check_device, check_like_input, check_of_forward
-from ..ops import mask_shape, matrix_shape, memory_format_of, new_gradients, new_like_input, new_mask, new_statistics
+from ..checks import check, check_device, check_like_input, check_of_forward
+from ..ops import BatchNorm, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
 from . import kernels
 from .kernels import Gradients, Matrix, Norm, Tail
 from .plan import ceil_div, make_plan
-
-# The largest value that is stored as 0.
-_VANISHING = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 0.0, torch.float64: 0.0}
 
 
 def launch(kernel, grid, options, *arguments):
@@ -28,7 +25,7 @@ def _options(warps, takes_both=False):
         # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four
         # warps are on a multiprocessor at a time, with 168 three, and have some 64 KiB of loads under way.
         "maxnreg": 168 if takes_both else 128,
-        # No contraction but where a kernel says so: the mask's bits and a recomputed mask are to be the same.
+        # No contraction but where a kernel says so.
         "enable_fp_fusion": False,
     }
 
@@ -72,76 +69,82 @@ def _both(of_norms, *absent):
     return itertools.chain.from_iterable([*of_norms, absent][:2])
 
 
-def _forward(input, residual, norms, training):
-    """(output, statistics of each norm, mask). ``norms``: of the input, and, maybe, of the residual, each
-    (weight, bias, input_bias, running_mean, running_var, num_batches_tracked, momentum, eps)."""
-    output, mask = new_like_input(input), None
-    statistics = [new_statistics(input) for _ in norms]
-    if residual is not None:
-        mask = new_mask(input, training)
-    if input.numel() == 0:  # nothing to normalise: the statistics that come back are never used
-        for *_, num_batches_tracked, _, _ in norms:
-            if training and num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-        return output, *(of_norm.zero_() for of_norm in statistics), mask
-
-    x, r = _dense(input, input, residual)
-    plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
-    dense = [_norm(*tensors, *norm[:6]) for *tensors, norm in zip((x, r), statistics, norms, strict=False)]
-    r = r if len(norms) == 1 else None
-    options = _options(plan.warps)
-    with _on(input.device):
-        if training:
-            partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
-            arguments = *_both([[norm] for norm in dense], None), partials, matrix
-            launch(kernels.statistics, (plan.programs, len(norms)), options, *arguments)
-            of_norms = [
-                (norm, momentum or 0.0, eps, momentum is None)
-                for norm, (*_, momentum, eps) in zip(dense, norms, strict=True)
-            ]
-            arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
-            launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
-        of_norms = [(norm, eps) for norm, (*_, eps) in zip(dense, norms, strict=True)]
-        arguments = *_both(of_norms, None, 0.0), r, output, mask if training else None, matrix, training
-        launch(kernels.normalize, (plan.programs,), options, *arguments)
-    if training:
-        for norm, (*_, running_mean, running_var, _, _, _) in zip(dense, norms, strict=True):
-            for vector, written in ((running_mean, norm.running_mean), (running_var, norm.running_var)):
-                if written is not vector:
-                    vector.copy_(written)
-    return output, *statistics, mask
-
-
 def _dense(input, *tensors):
     """In the input's memory format."""
     memory_format = memory_format_of(input)
     return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]
 
 
-def _check_backward(grad_output, input, mask):
-    """(mask, output): the mask's bits, or the output in their place; or neither."""
-    check_like_input("grad_output", grad_output, input)
-    if mask is None:
-        return None, None
-    if mask.dtype != torch.uint8:
-        check_like_input("mask", mask, input)
-        return None, mask
-    check_device("mask", mask, input)
-    if mask.shape != mask_shape(input):
-        raise ValueError(f"mask: expected shape {mask_shape(input)}, got {tuple(mask.shape)}")
-    return mask.contiguous(), None
+def _mask_shape(input):
+    rows, columns = matrix_shape(input)
+    return rows, ceil_div(columns, 8)
 
 
-def _backward(grad_output, mask, norms, training, need_residual=False):
+def _forward(input, residual, norms, training, need_mask, given):
+    """(output, mask, statistics) by ``norms``, each a BatchNorm: of the input, and, maybe, of the residual."""
+    output = new_like_input(input)
+    mask = input.new_empty(_mask_shape(input), dtype=torch.uint8) if need_mask else None
+    statistics = new_statistics(input, len(norms)) if given is None else given
+    takes_batch = training and given is None
+    if input.numel() == 0:  # nothing to normalise: the statistics that come back are never used
+        for norm in norms:
+            if takes_batch and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+        return output, mask, statistics.zero_() if given is None else None
+
+    x, r = _dense(input, input, residual)
+    plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
+    dense = [
+        _norm(
+            *tensors,
+            norm.weight,
+            norm.bias,
+            norm.input_bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.num_batches_tracked if takes_batch else None,
+        )
+        for *tensors, norm in zip((x, r), statistics, norms, strict=False)
+    ]
+    r = r if len(norms) == 1 else None
+    options = _options(plan.warps)
+    with _on(input.device):
+        if takes_batch:
+            partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
+            arguments = *_both([[norm] for norm in dense], None), partials, matrix
+            launch(kernels.statistics, (plan.programs, len(norms)), options, *arguments)
+            of_norms = [
+                (of_kernel, norm.momentum or 0.0, norm.eps, norm.momentum is None)
+                for of_kernel, norm in zip(dense, norms, strict=True)
+            ]
+            arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
+            launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
+        of_norms = [(of_kernel, norm.eps) for of_kernel, norm in zip(dense, norms, strict=True)]
+        arguments = *_both(of_norms, None, 0.0), r, output, mask, matrix, training or given is not None
+        launch(kernels.normalize, (plan.programs,), options, *arguments)
+    if takes_batch:
+        for of_kernel, norm in zip(dense, norms, strict=True):
+            for name in ("running_mean", "running_var"):
+                vector, written = getattr(norm, name), getattr(of_kernel, name)
+                if written is not vector:
+                    vector.copy_(written)
+    return output, mask, statistics if given is None else None
+
+
+def _backward(grad_output, mask, statistics, norms, training, need_residual):
     """The gradients of each of ``norms``, and of a residual that was added as it is.
 
-    ``norms``: of the input, and, maybe, of the residual, each (input, vectors, statistics, needed), with the vectors
-    (weight, bias, input_bias), and whether the gradients of the input and of each of these are needed."""
+    ``norms``: of the input, and, maybe, of the residual, each (input, vectors, needed), with the vectors (weight, bias,
+    input_bias), and whether the gradients of the input and of each of these are needed."""
     like = norms[0][0]
-    for prefix, (x, vectors, statistics, _) in zip(("", "residual_"), norms, strict=False):
-        check_of_forward(x, *vectors, statistics, prefix)
-    mask, output = _check_backward(grad_output, like, mask)
-    gradients = [new_gradients(like, *vectors, *needed) for _, vectors, _, needed in norms]
+    check_of_forward(like, statistics, *(vectors for _, vectors, _ in norms))
+    check_like_input("grad_output", grad_output, like)
+    for x, _, _ in norms[1:]:
+        check_like_input("residual", x, like)
+    check_device("mask", mask, like)
+    if mask.shape != _mask_shape(like) or mask.dtype != torch.uint8:
+        raise ValueError(f"mask: expected uint8 of shape {_mask_shape(like)}, got {mask.dtype} of {tuple(mask.shape)}")
+    gradients = [new_gradients(like, *vectors, *needed) for _, vectors, needed in norms]
     grad_residual = new_like_input(like, need_residual)
     if like.numel() == 0:
         for grad in (*itertools.chain(*gradients), grad_residual):
@@ -150,16 +153,14 @@ def _backward(grad_output, mask, norms, training, need_residual=False):
         return gradients, grad_residual
 
     plan, matrix = _plan(*matrix_shape(like), like.shape[1], like.dtype)
-    dy, y = _dense(like, grad_output, output)
-    is_recomputed = mask is None and y is None
-    tail = Tail(dy, mask, y, tl.constexpr(is_recomputed), tl.constexpr(_VANISHING[like.dtype]))
+    tail = Tail(*_dense(like, grad_output), mask.contiguous())
     of_norms, need_sums = [], False
-    for (x, vectors, statistics, needed), grads in zip(norms, gradients, strict=True):
+    for (x, vectors, needed), of_norm, grads in zip(norms, statistics, gradients, strict=True):
         if any(needed):
             need_input, *need_vectors = needed
             projection = _scratch(like, 2, plan.channels) if training and need_input else None
             need_sums |= projection is not None or any(need_vectors)
-            of_norms.append((_norm(*_dense(like, x), statistics, *vectors), Gradients(*grads, projection)))
+            of_norms.append((_norm(*_dense(like, x), of_norm, *vectors), Gradients(*grads, projection)))
     of_norms = of_norms or [(None, Gradients(None))]
     norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
     options = _options(plan.warps, takes_both=len(of_norms) == 2)
@@ -176,60 +177,51 @@ def _backward(grad_output, mask, norms, training, need_residual=False):
 
 # ---- The ops ----
 
-
-def batch_norm_relu(input, *arguments):
-    check_arguments(input, *arguments)
-    *vectors, training, momentum, eps = arguments
-    output, statistics, _ = _forward(input, None, [(*vectors, momentum, eps)], training)
-    return output, statistics
+_FIELDS = len(BatchNorm._fields)
 
 
-def batch_norm_relu_backward(grad_output, input, weight, bias, input_bias, statistics, training, *needed):
-    norm = input, (weight, bias, input_bias), statistics, needed
-    (gradients,), _ = _backward(grad_output, None, [norm], training)
-    return gradients
-
-
-def batch_norm_relu_recompute(input, weight, bias, statistics):
-    """The output of batch_norm_relu, once more, bit for bit: by the same kernel."""
-    check_of_forward(input, weight, bias, None, statistics)
-    output = new_like_input(input)
-    if input.numel() > 0:
-        (x,) = _dense(input, input)
-        plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
-        norm = _norm(x, statistics, weight, bias, None)
-        arguments = norm, 0.0, None, 0.0, None, output, None, matrix, True
-        with _on(input.device):
-            launch(kernels.normalize, (plan.programs,), _options(plan.warps), *arguments)
-    return output
-
-
-def batch_norm_add_relu(input, residual, *arguments):
-    check_arguments(input, *arguments)
-    check_like_input("residual", residual, input)
-    *vectors, training, momentum, eps = arguments
-    return _forward(input, residual, [(*vectors, momentum, eps)], training)
+def batch_norm_add_relu(input, *arguments, statistics=None):
+    norms, (training, need_mask, *of_residual) = [BatchNorm(*arguments[:_FIELDS])], arguments[_FIELDS:]
+    residual, *residual_norm = of_residual or [None]
+    if residual_norm:
+        norms.append(BatchNorm(*residual_norm))
+    if statistics is None:
+        check(input, residual, norms[0], norms[1] if residual_norm else None, training)
+    else:
+        check_of_forward(input, statistics, *((norm.weight, norm.bias, norm.input_bias) for norm in norms))
+    if residual is not None:
+        check_like_input("residual", residual, input)
+    return _forward(input, residual, norms, training, need_mask, statistics)
 
 
 def batch_norm_add_relu_backward(
-    grad_output, input, mask, weight, bias, input_bias, statistics, training, need_input, need_residual, *needed
+    grad_output,
+    mask,
+    statistics,
+    training,
+    input,
+    weight,
+    bias,
+    input_bias,
+    need_input,
+    need_weight,
+    need_bias,
+    need_input_bias,
+    need_residual,
+    residual=None,
+    residual_weight=None,
+    residual_bias=None,
+    residual_input_bias=None,
+    need_residual_weight=False,
+    need_residual_bias=False,
+    need_residual_input_bias=False,
 ):
-    norm = input, (weight, bias, input_bias), statistics, (need_input, *needed)
-    ((grad_input, *grad_vectors),), grad_residual = _backward(grad_output, mask, [norm], training, need_residual)
-    return grad_input, grad_residual, *grad_vectors
-
-
-def batch_norm_add_batch_norm_relu(input, *arguments):
-    check_batch_norms(input, *arguments)
-    residual, training = arguments[8], arguments[-1]
-    return _forward(input, residual, [arguments[:8], arguments[9:-1]], training)
-
-
-def batch_norm_add_batch_norm_relu_backward(grad_output, mask, *arguments):
-    input, *vectors, statistics = arguments[:5]
-    residual, *residual_vectors, residual_statistics = arguments[5:10]
-    training, needed, residual_needed = arguments[10], arguments[11:15], arguments[15:]
-    check_like_input("residual", residual, input)
-    norms = (input, vectors, statistics, needed), (residual, residual_vectors, residual_statistics, residual_needed)
-    (gradients, residual_gradients), _ = _backward(grad_output, mask, norms, training)
+    norms = [(input, (weight, bias, input_bias), (need_input, need_weight, need_bias, need_input_bias))]
+    if residual is None:
+        (gradients,), grad_residual = _backward(grad_output, mask, statistics, norms, training, need_residual)
+        return *gradients, grad_residual, None, None, None
+    vectors = residual_weight, residual_bias, residual_input_bias
+    needed = need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias
+    norms.append((residual, vectors, needed))
+    (gradients, residual_gradients), _ = _backward(grad_output, mask, statistics, norms, training, False)
     return *gradients, *residual_gradients

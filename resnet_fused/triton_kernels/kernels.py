@@ -171,10 +171,9 @@ def _store_vector(matrix, vector, channel, value):
 
 @triton.jit
 def _coefficients(matrix, mean, invstd, weight, bias):
-    """What every pass computes output and mask from, lest they get other bits: (input - mean) * scale + shift.
+    """The output is (input - mean) * scale + shift.
 
     The mean is rounded, and what that dropped made up for in the shift: at mean 1e4 and std 1e-2 it is 5 % of the std.
-    Multiply-adds are named, as the compiler may contract them in one pass and not in another.
     """
     scale = (invstd * weight).to(matrix.ACC)
     rounded = mean.to(matrix.ACC)
@@ -192,12 +191,6 @@ def _centered(matrix, norm, at, valid, mean):
 @triton.jit
 def _normalized(centered, scale, shift):
     return tl.fma(centered, scale[None, :], shift[None, :])
-
-
-@triton.jit
-def _passes(output, bound):
-    """!(output <= bound): NaN passes."""
-    return (output > bound) | (output != output)
 
 
 # ---- Forward ----
@@ -394,7 +387,8 @@ def normalize(
         y = tl.where(value < 0, 0, value).to(output.dtype.element_ty)  # NaN passes
         tl.store(output + at, y, mask=valid)
         if mask is not None:
-            bits = (_passes(y.to(matrix.ACC), 0) & valid).to(tl.uint8)
+            stored = y.to(matrix.ACC)
+            bits = (((stored > 0) | (stored != stored)) & valid).to(tl.uint8)
             bits = tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X // 8, 8])
             bits = bits << tl.arange(0, 8)[None, None, :].to(tl.uint8)
             byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
@@ -408,52 +402,34 @@ def normalize(
 
 
 class Tail(NamedTuple):
-    """What both backward passes read: the masked gradient is grad_output where the output is not <= 0.
-
-    The ReLU's mask is read off its bits, or off the output, or else recomputed from the input.
-    """
+    """What both backward passes read: the masked gradient is grad_output where the ReLU passed."""
 
     grad_output: object
     mask: object
-    output: object
-    RECOMPUTED: tl.constexpr
-    VANISHING: tl.constexpr  # the largest value that is stored as 0
 
 
 @triton.jit
-def _backward_coefficients(matrix, norm, channel, inside, MEAN: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
-    """As the forward's, but none is loaded that the pass does not need."""
-    mean, invstd, weight, bias = (tl.zeros(channel.shape, tl.float64),) * 4
+def _backward_coefficients(matrix, norm, channel, inside, MEAN: tl.constexpr, SCALE: tl.constexpr):
+    """Mean and scale, as the forward's, but none is loaded that the pass does not need."""
+    mean, invstd, weight = (tl.zeros(channel.shape, tl.float64),) * 3
     if MEAN:
         mean = _load_vector(norm.statistics, channel, inside, 0)
     if SCALE:
         invstd = _load_vector(norm.statistics + _columns(matrix) // matrix.inner, channel, inside, 0)
         weight = _load_vector(norm.weight, channel, inside, 1)
-    if SHIFT:
-        bias = _load_vector(norm.bias, channel, inside, 0)
-    return _coefficients(matrix, mean, invstd, weight, bias)
+    return mean.to(matrix.ACC), (invstd * weight).to(matrix.ACC)
 
 
 @triton.jit
-def _masked_gradient(matrix, tail, norm, tile, row, column, valid, mean, scale, shift, CENTERED: tl.constexpr):
-    """The masked gradient as stored, and input - mean. A select, so that a NaN gradient of a blocked output gives 0."""
-    at = _offsets(matrix, row, column)
-    grad = tl.load(tail.grad_output + at, mask=valid, other=0)
-    centered = tl.zeros(valid.shape, matrix.ACC)
-    if CENTERED or tail.RECOMPUTED:
-        centered = _centered(matrix, norm, at, valid, mean)
-    if tail.mask is not None:
-        byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
-        within = (row < matrix.rows)[:, None] & (byte < matrix.mask_stride)[None, :]
-        at = tail.mask + (row[:, None] * matrix.mask_stride + byte[None, :])
-        bytes = tl.load(at, mask=within, other=0)
-        bits = (bytes[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-        passed = tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X]) != 0
-    elif tail.output is not None:
-        passed = _passes(tl.load(tail.output + at, mask=valid, other=0).to(matrix.ACC), 0)
-    else:
-        passed = _passes(_normalized(centered, scale, shift), tail.VANISHING)
-    return tl.where(passed, grad, 0), centered
+def _masked_gradient(matrix, tail, tile, row, column, valid):
+    """As stored. A select, so that a NaN gradient of a blocked output gives 0."""
+    grad = tl.load(tail.grad_output + _offsets(matrix, row, column), mask=valid, other=0)
+    byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
+    within = (row < matrix.rows)[:, None] & (byte < matrix.mask_stride)[None, :]
+    at = tail.mask + (row[:, None] * matrix.mask_stride + byte[None, :])
+    bytes = tl.load(at, mask=within, other=0)
+    bits = (bytes[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+    return tl.where(tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X]) != 0, grad, 0)
 
 
 @triton.jit
@@ -461,18 +437,17 @@ def gradient_sums(tail, norm, residual_norm, partials, matrix):
     """Partial sums of the masked gradient, and of its products with input - mean and, maybe, residual - its mean."""
     tile, split, row_begin, row_end, column, inside = _position(matrix, False)
     channel = column // matrix.inner
-    recomputed: tl.constexpr = tail.RECOMPUTED
-    mean, scale, shift = _backward_coefficients(matrix, norm, channel, inside, True, recomputed, recomputed)
+    mean, _ = _backward_coefficients(matrix, norm, channel, inside, True, False)
     total = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
     dot = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
     if residual_norm is not None:
-        residual_mean, _, _ = _backward_coefficients(matrix, residual_norm, channel, inside, True, False, False)
+        residual_mean, _ = _backward_coefficients(matrix, residual_norm, channel, inside, True, False)
         residual_dot = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
     row = row_begin + tl.arange(0, matrix.BLOCK_Y)
     for _ in range(tl.cdiv(row_end - row_begin, matrix.BLOCK_Y).to(tl.int32)):
         valid = (row < row_end)[:, None] & inside[None, :]
-        grad, centered = _masked_gradient(matrix, tail, norm, tile, row, column, valid, mean, scale, shift, True)
-        grad = grad.to(matrix.ACC)
+        grad = _masked_gradient(matrix, tail, tile, row, column, valid).to(matrix.ACC)
+        centered = _centered(matrix, norm, _offsets(matrix, row, column), valid, mean)
         total += grad
         dot = tl.fma(grad, tl.where(valid, centered, 0), dot)  # a mean may be a NaN, and the input ends before the tile
         if residual_norm is not None:
@@ -545,29 +520,24 @@ def _finish_gradients(matrix, norm, gradients, TRAINING: tl.constexpr, partials,
 
 
 @triton.jit
-def _gradient_coefficients(matrix, norm, gradients, channel, inside, RECOMPUTED: tl.constexpr):
-    """Mean, scale, shift, and of the projection offset and slope, (X,) each."""
-    mean, scale, shift = _backward_coefficients(
-        matrix,
-        norm,
-        channel,
-        inside,
-        gradients.projection is not None or RECOMPUTED,
-        gradients.input is not None or RECOMPUTED,
-        RECOMPUTED,
+def _gradient_coefficients(matrix, norm, gradients, channel, inside):
+    """Mean and scale, and of the projection offset and slope, (X,) each."""
+    mean, scale = _backward_coefficients(
+        matrix, norm, channel, inside, gradients.projection is not None, gradients.input is not None
     )
     offset, slope = tl.zeros_like(mean), tl.zeros_like(mean)
     if gradients.projection is not None:
         offset = tl.load(gradients.projection + channel, mask=inside, other=0)
         slope = tl.load(gradients.projection + _columns(matrix) // matrix.inner + channel, mask=inside, other=0)
-    return mean, scale, shift, offset, slope
+    return mean, scale, offset, slope
 
 
 @triton.jit
-def _store_input_gradient(matrix, gradients, at, valid, masked, centered, scale, offset, slope):
+def _store_input_gradient(matrix, norm, gradients, at, valid, masked, mean, scale, offset, slope):
     if gradients.input is not None:
         grad = masked.to(matrix.ACC)
         if gradients.projection is not None:
+            centered = _centered(matrix, norm, at, valid, mean)
             grad = tl.fma(-centered, slope[None, :], grad - offset[None, :])
         tl.store(gradients.input + at, (grad * scale[None, :]).to(gradients.input.dtype.element_ty), mask=valid)
 
@@ -577,27 +547,30 @@ def input_gradient(tail, norm, gradients, residual_norm, residual_gradients, mat
     """The gradients of input and residual, those that are there."""
     tile, split, row_begin, row_end, column, inside = _position(matrix, True)
     channel = column // matrix.inner
-    mean, scale, shift, offset, slope = _gradient_coefficients(
-        matrix, norm, gradients, channel, inside, tail.RECOMPUTED
-    )
+    mean, scale, offset, slope = _gradient_coefficients(matrix, norm, gradients, channel, inside)
     if residual_norm is not None:
-        residual_mean, residual_scale, _, residual_offset, residual_slope = _gradient_coefficients(
-            matrix, residual_norm, residual_gradients, channel, inside, False
+        residual_mean, residual_scale, residual_offset, residual_slope = _gradient_coefficients(
+            matrix, residual_norm, residual_gradients, channel, inside
         )
     turns = tl.cdiv(row_end - row_begin, matrix.BLOCK_Y).to(tl.int32)
     row = row_begin + (turns - 1) * matrix.BLOCK_Y + tl.arange(0, matrix.BLOCK_Y)
     for _ in range(turns):
-        valid = (row < row_end)[:, None] & inside[None, :]
-        masked, centered = _masked_gradient(
-            matrix, tail, norm, tile, row, column, valid, mean, scale, shift, gradients.projection is not None
-        )
         at = _offsets(matrix, row, column)
-        _store_input_gradient(matrix, gradients, at, valid, masked, centered, scale, offset, slope)
+        valid = (row < row_end)[:, None] & inside[None, :]
+        masked = _masked_gradient(matrix, tail, tile, row, column, valid)
+        _store_input_gradient(matrix, norm, gradients, at, valid, masked, mean, scale, offset, slope)
         if residual_norm is not None:
-            if residual_gradients.projection is not None:
-                centered = _centered(matrix, residual_norm, at, valid, residual_mean)
             _store_input_gradient(
-                matrix, residual_gradients, at, valid, masked, centered, residual_scale, residual_offset, residual_slope
+                matrix,
+                residual_norm,
+                residual_gradients,
+                at,
+                valid,
+                masked,
+                residual_mean,
+                residual_scale,
+                residual_offset,
+                residual_slope,
             )
         elif residual_gradients.input is not None:
             tl.store(residual_gradients.input + at, masked, mask=valid)

@@ -21,9 +21,6 @@ struct Emulated {
   static BackwardResults backward(const BackwardArguments& a) {
     return checked([&] { return cuda::Cuda::backward(a); });
   }
-  static Tensor recompute(const NormBackwardArguments& a) {
-    return checked([&] { return cuda::Cuda::recompute(a); });
-  }
 };
 
 }  // namespace
