@@ -180,13 +180,16 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual):
 _FIELDS = len(BatchNorm._fields)
 
 
-def batch_norm_add_relu(input, *arguments, statistics=None):
-    norms, (training, need_mask, *of_residual) = [BatchNorm(*arguments[:_FIELDS])], arguments[_FIELDS:]
-    residual, *residual_norm = of_residual or [None]
-    if residual_norm:
-        norms.append(BatchNorm(*residual_norm))
+def batch_norm_add_relu(input, *arguments):
+    """The arguments up to the last that is not a default."""
+    norms, (training, need_mask, *optional) = [BatchNorm(*arguments[:_FIELDS])], arguments[_FIELDS:]
+    residual, *optional = optional or [None]
+    residual_norm, (statistics,) = optional[:_FIELDS], optional[_FIELDS:] or [None]
+    residual_norm = BatchNorm(*residual_norm) if any(value is not None for value in residual_norm) else None
+    if residual_norm is not None:
+        norms.append(residual_norm)
     if statistics is None:
-        check(input, residual, norms[0], norms[1] if residual_norm else None, training)
+        check(input, residual, norms[0], residual_norm, training)
     else:
         check_of_forward(input, statistics, *((norm.weight, norm.bias, norm.input_bias) for norm in norms))
     if residual is not None:
