@@ -84,6 +84,7 @@ FAULTS = [
     Fault("sign of the mean gradient", KERNELS, "(centered * values.slope.at(j) + values.offset.at(j))", "(centered * values.slope.at(j) - values.offset.at(j))"),
     Fault("residual not added", KERNELS, "if constexpr (kResidual == Residual::as_it_is) value += residual[i];", ""),
     Fault("chunks depend on threads", PLAN, "ceil_div(chunk, of_run) : chunk);", "ceil_div(chunk, of_run * threads) : ceil_div(chunk, threads));", "properties"),
+    Fault("threads share chunks unevenly", PLAN, "many ? round_up(ceil_div(rows, kMaxChunk), kChunks)", "many ? ceil_div(rows, kMaxChunk)", "cpu_plan"),
     Fault("chunk end", PLAN, "inner_end < inner ? inner_end : inner", "inner_end < inner ? inner_end - 1 : inner"),
     Fault("biased running variance", GLUE, "m2 * (1 / (n - 1))", "m2 * (1 / n)"),
     Fault("unbiased normalisation", GLUE, "variances[c] = m2 * (1 / n)", "variances[c] = m2 * (1 / (n - 1))"),

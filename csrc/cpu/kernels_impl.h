@@ -104,7 +104,7 @@ using vector_t = typename Lanes<acc_t<T>>::vector;
 template <typename T>
 constexpr int64_t kLanes = Lanes<acc_t<T>>::kCount;
 
-// The lanes of a vector that are there: all; or the first ones, at the end of a run or row.
+// The lanes of a vector that are there: all; or the first ones, at the end of a row.
 template <int64_t lanes>
 struct Whole {
   static constexpr int64_t count = lanes;
@@ -197,6 +197,7 @@ ALWAYS_INLINE unsigned load_bits(const uint8_t* mask, Extent extent) {
   __builtin_memcpy(&bits, mask, (extent.count + 7) / 8);
   return bits;
 }
+
 // A select, not a product, so that a NaN gradient where the output is <= 0 gives 0.
 template <typename V>
 ALWAYS_INLINE V select(unsigned bits, V value) {
@@ -286,10 +287,9 @@ struct Number {
   static constexpr int value = n;
 };
 
-// Vectors that a kernel takes at a time, of one run or row, or of one column: where the first one is, and how far
-// apart.
+// Vectors that a kernel takes at a time, of one row or one column: where the first one is, and how far apart they are.
 struct Place {
-  int64_t column, at, mask;  // of the first: within its run or row, in the tensor, and its byte of the mask
+  int64_t column, at, mask;  // of the first: within its row, in the tensor, and its byte of the mask
   int64_t columns, stride, mask_stride;
 
   ALWAYS_INLINE int64_t column_of(int i) const { return column + i * columns; }
@@ -524,15 +524,15 @@ void normalize(const Plan& plan, Work work, const Coefficients& coefficients, co
 
 // ---- Backward ----
 
-// Calls f(i, g, centered) for the vectors at a place, with centered = input - mean. All is read before anything is
-// written, which to the compiler might overlap.
-template <typename T, typename N, typename Extent, typename F>
+// Calls f(i, g, centered) for the vectors at a place, with centered = input - mean, if it is needed. All is read before
+// anything is written, which to the compiler might overlap.
+template <bool needs_input, typename T, typename N, typename Extent, typename F>
 ALWAYS_INLINE void for_each_gradient(N n, Place place, Extent extent, const Columns<T>& means, const Gradient& gradient,
                                      const T* x, F f) {
   const T* grad_output = static_cast<const T*>(gradient.grad_output);
-  vector_t<T> g[n.value], centered[n.value];
+  vector_t<T> g[n.value], centered[n.value]{};
   for (int i = 0; i < n.value; ++i) {
-    centered[i] = only(load(x + place.element(i), extent) - means.at(place.column_of(i)), extent);
+    if (needs_input) centered[i] = only(load(x + place.element(i), extent) - means.at(place.column_of(i)), extent);
     g[i] = select(load_bits(gradient.mask + place.byte(i), extent), load(grad_output + place.element(i), extent));
   }
   for (int i = 0; i < n.value; ++i) f(i, g[i], centered[i]);
@@ -549,8 +549,8 @@ void gradient_sums(const Plan& plan, Work work, const Coefficients& coefficients
     sum_columns<T>(plan, work.block, plan.chunk(index), sums, dots,
                    [&](auto n, Place place, auto extent, V& sum, V& dot) INLINED {
                      V s{}, d{};
-                     for_each_gradient(n, place, extent, means, gradient, x,
-                                       [&](int, V g, V centered) INLINED { s += g, d += g * centered; });
+                     for_each_gradient<true>(n, place, extent, means, gradient, x,
+                                             [&](int, V g, V centered) INLINED { s += g, d += g * centered; });
                      sum += s;
                      dot += d;
                    });
@@ -569,7 +569,7 @@ void input_gradient_with(const Plan& plan, Work work, const Coefficients& coeffi
   using V = vector_t<T>;
   const bool streams = plan.streams;
   const auto body = [=](auto n, Place place, auto extent, const auto& values) INLINED {
-    for_each_gradient(n, place, extent, values.mean, gradient, x, [&](int i, V g, V centered) INLINED {
+    for_each_gradient<projects>(n, place, extent, values.mean, gradient, x, [&](int i, V g, V centered) INLINED {
       const int64_t at = place.element(i), j = place.column_of(i);
       if (dr != nullptr) store(dr + at, g, extent, streams);
       if (dx == nullptr) return;

@@ -73,7 +73,6 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
   const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const auto round_up = [&](int64_t a, int64_t b) { return ceil_div(a, b) * b; };
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
-  const auto at_least = [](int64_t a, int64_t b) { return a > b ? a : b; };
   // How many `parts` are a multiple of elements.
   const auto whole = [](int64_t parts, int64_t multiple) {
     int64_t count = multiple;
@@ -101,9 +100,10 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
     const int64_t blocks = round_up(ceil_div(entry, kMaxWidth), threads);
     plan.group = at_most(round_up(ceil_div(channels, blocks), bytes), kMaxWidth / inner / bytes * bytes);
   }
-  // A multiple of four chunks, for threads to share evenly: of 5, one of two threads would wait for a third.
-  const int64_t chunks = ceil_div(rows, at_most(at_least(ceil_div(rows, kChunks), kMinChunk), kMaxChunk));
-  const int64_t chunk = ceil_div(rows, chunks > 1 ? round_up(chunks, 4) : 1), of_run = ceil_div(inner, kMinWidth);
+  // Many: a multiple of 64, few: of four, for threads to share evenly. Of 5 one of two threads would wait for a third.
+  const bool many = rows >= kChunks * kMinChunk;
+  const int64_t chunks = many ? round_up(ceil_div(rows, kMaxChunk), kChunks) : round_up(ceil_div(rows, kMinChunk), 4);
+  const int64_t chunk = ceil_div(rows, rows > kMinChunk ? chunks : 1), of_run = ceil_div(inner, kMinWidth);
   plan.chunk_outer = plan.row_outer * (plan.runs ? ceil_div(chunk, of_run) : chunk);
   if (plan.runs && chunk < of_run) plan.chunk_inner = chunk * kMinWidth;
   plan.blocks = ceil_div(channels, plan.group);
