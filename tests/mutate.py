@@ -77,7 +77,7 @@ FAULTS = [
     Fault("columns' origins not joined", KERNELS, "sums[j] = sum + count * by;", "sums[j] = sum;"),
     Fault("columns of a narrow row counted alike", KERNELS, "outer * (rows + 1)", "outer * rows"),
     Fault("rows of the mask share bytes", PLAN, "if (mask_line() % 8 == 0 || row_outer > 1) return 1;", "return 1;"),
-    Fault("blocks share a byte of the mask", PLAN, "round_up(ceil_div(channels, blocks), bytes), kMaxWidth", "ceil_div(channels, blocks), kMaxWidth"),
+    Fault("blocks share a byte of the mask", PLAN, "multiple = inner * vectors <= kMaxWidth ? vectors : bytes;", "multiple = 1;"),
     Fault("second pass leaves the residual's gradient out", KERNELS, "if (dr != nullptr) store(dr + at, g, extent, streams);", ""),
     Fault("last block of channels dropped", PLAN, "plan.blocks = ceil_div(channels, plan.group)", "plan.blocks = channels / plan.group"),
     Fault("sign of the projection", KERNELS, "(centered * values.slope.at(j) + values.offset.at(j))", "(values.offset.at(j) - centered * values.slope.at(j))"),

@@ -14,7 +14,7 @@
 
 namespace resnet_fused {
 
-constexpr int64_t kMaxWidth = 1024;       // columns, whose coefficients stay in half an L1 cache
+constexpr int64_t kMaxWidth = 1152;       // columns, whose coefficients stay in half an L1 cache: 2 * 24 * 24, 32 * 6 * 6
 constexpr int64_t kMinWidth = 64;         // less, and several outer entries make a row
 constexpr int64_t kRunWidth = 16;         // of a part of a run: what is read at a time, several rows, is adjacent
 constexpr int64_t kChunks = 64;           // enough to share among threads
@@ -97,8 +97,10 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
       rows = ceil_div(outer, plan.row_outer);
     }
   } else {
+    // Whole vectors, too, where they fit: the last, partial one of a row takes as long as ten.
+    const int64_t vectors = whole(inner, 16), multiple = inner * vectors <= kMaxWidth ? vectors : bytes;
     const int64_t blocks = round_up(ceil_div(entry, kMaxWidth), threads);
-    plan.group = at_most(round_up(ceil_div(channels, blocks), bytes), kMaxWidth / inner / bytes * bytes);
+    plan.group = at_most(round_up(ceil_div(channels, blocks), multiple), kMaxWidth / inner / multiple * multiple);
   }
   // Many: a multiple of 64, few: of four, for threads to share evenly. Of 5 one of two threads would wait for a third.
   const bool many = rows >= kChunks * kMinChunk;
