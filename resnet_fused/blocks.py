@@ -5,6 +5,7 @@ from torch import nn
 
 from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
+from .inference import Route, layout_for
 
 
 class Residual(nn.Module):
@@ -67,8 +68,11 @@ class FusedResidual(Residual):
     def runs_fused(self):
         return is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)
 
+    def _infers(self, X):
+        return type(vars(self.conv1).get("_learned")) is Route and layout_for(self.conv1, X) is not None
+
     def forward(self, X):
-        if ops_for(X) is None or not self.runs_fused():
+        if ops_for(X) is None or not self.runs_fused() or self._infers(X):
             return super().forward(X)
         Y = convolve(self.conv2, call_tail(self.bn1, convolve(self.conv1, X)))
         residual = Convolved(X) if self.conv3 is None else convolve(self.conv3, X)

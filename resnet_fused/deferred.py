@@ -383,6 +383,8 @@ class Watched(Tensor):
 class Learned:
     """What the calls of a layer have shown of what becomes of its output; it holds for the layer's replicas, too."""
 
+    kind = "a batch norm"
+
     def __init__(self, name):
         self.name = name
         self.rectified = None  # "relu" or "add+relu", which a watched output went to
@@ -402,9 +404,7 @@ class Learned:
         self.reason = self.reason or reason
 
     def error(self, what):
-        return RuntimeError(
-            f"{self.name}, a batch norm that fuse put off: {what}; leave it out by filter_fn, or unfuse"
-        )
+        return RuntimeError(f"{self.name}, {self.kind} that fuse put off: {what}; leave it out by filter_fn, or unfuse")
 
     def state(self):
         if self.reason is not None:

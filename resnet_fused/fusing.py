@@ -13,7 +13,8 @@ from torch import nn
 from .blocks import FusedResidual, Residual
 from .calls import is_plain
 from .deferred import Learned
-from .layers import DEFERRING, RECOMPUTING, Deferring, set_class
+from .inference import Route
+from .layers import DEFERRING, INFERRING, RECOMPUTING, Deferring, Inferring, set_class, swapped_class
 
 _FORWARD_OF_RESIDUAL = Residual.forward
 _TAILS = {"bn1": "relu", "bn2": "add+relu"}  # of a FusedResidual
@@ -42,6 +43,11 @@ def _state(layer):
     return layer._learned.state() if is_plain(layer) else "plain: a hook, or a forward of its own"
 
 
+def _state_in_inference(layer):
+    route = layer and vars(layer).get("_learned")
+    return route.state(layer) if isinstance(route, Route) else "plain: it is no longer swapped"
+
+
 def _state_in_block(block, tail):
     block = block()
     is_fused = block is not None and isinstance(block, FusedResidual) and block.runs_fused()
@@ -49,10 +55,11 @@ def _state_in_block(block, tail):
 
 
 class Report:
-    """What :func:`fuse` or :func:`unfuse` did, and what each batch norm does, told anew whenever it is read."""
+    """What :func:`fuse` or :func:`unfuse` did, and what each batch norm, and in inference each convolution, does, told
+    anew whenever it is read."""
 
-    def __init__(self, entries=(), unfused=()):
-        self._entries = entries
+    def __init__(self, entries=(), unfused=(), convolutions=()):
+        self._entries, self._convolutions = entries, convolutions
         self.unfused = _fused(unfused)
 
     @property
@@ -60,6 +67,21 @@ class Report:
         """What each batch norm does, by its name: "may fuse" (before its first call), "watched" (in that), "relu" or
         "add+relu", with which it is fused, or "plain: " and why."""
         return {entry.name: entry.state() for entry in self._entries}
+
+    @property
+    def inference(self):
+        """What each convolution does in inference, by its name: "may fuse" (before its first call), "watched" (in
+        that), "convolution" and the steps that are one call with it, or "plain: " and why."""
+        return {name: _state_in_inference(layer()) for name, layer in self._convolutions}
+
+    @property
+    def packed_bytes(self):
+        """What the packed weights take now."""
+        return sum(route.bytes() for route in self._routes())
+
+    def _routes(self):
+        learned = [vars(layer()).get("_learned") for _, layer in self._convolutions if layer() is not None]
+        return [route for route in learned if isinstance(route, Route)]
 
     @property
     def fused(self):
@@ -80,12 +102,24 @@ class Report:
             for name, class_name, details in modules:
                 details = details if isinstance(details, str) else ", ".join(details)
                 lines.append(f"  {name or 'the model'} ({class_name}): {details}")
-        return "\n".join(lines)
+        return "\n".join(lines + self._lines_of_inference())
+
+    def _lines_of_inference(self):
+        lines, states = [], self.inference
+        left = {name: state for name, state in states.items() if state.startswith("plain: ")}
+        if states:
+            size = f"{self.packed_bytes / 2**20:.1f} MiB packed"
+            lines = [f"in inference: {len(states) - len(left)} convolutions with what follows them, {size}"]
+        if converting := sum(route.converts() for route in self._routes()):
+            lines.append(f"  {converting} convert to channels_last or from it: model and input in it would spare that")
+        return lines + [f"  {name}: {state}" for name, state in left.items()]
 
     def to_dict(self):
         """The same in lists, dicts and strings, for JSON."""
         modules = {"fused": self.fused, "unfused": self.unfused, "left": self.left}
-        return {title: [m._asdict() for m in of_title] for title, of_title in modules.items()} | {"layers": self.layers}
+        dicts = {title: [m._asdict() for m in of_title] for title, of_title in modules.items()}
+        inference = {"inference": self.inference, "packed_bytes": self.packed_bytes} if self._convolutions else {}
+        return dicts | {"layers": self.layers} | inference
 
 
 def _grouped(entries):
@@ -99,7 +133,7 @@ def _fused(entries):
     return [Fused(*parent, tuple(names)) for parent, names in _grouped((entry.parent, entry) for entry in entries)]
 
 
-def fuse(model, filter_fn=None, *, memory_efficient=False, example_inputs=None):
+def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, example_inputs=None):
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
     The class of each batch norm is swapped, and nothing else; the model's own forward runs, always. The first call of a
@@ -115,21 +149,25 @@ def fuse(model, filter_fn=None, *, memory_efficient=False, example_inputs=None):
         filter_fn: ``filter_fn(module, name) -> bool``, asked about each layer or block to swap; False leaves it.
         memory_efficient: swap convolutions and max poolings, too: they keep no output of a fused
             ``relu(batch_norm(x))`` for backward, which recomputes it from x, to the bit.
+        inference: swap 2d and 3d convolutions, transposed ones too: in eval, without gradients, on a CPU, in float32 or
+            bfloat16, each is one call of oneDNN with the batch norm, the sum and the activation that were seen to
+            follow, on folded weights, packed once and anew where one of them has changed. All else is as without.
         example_inputs: a tensor, or a tuple of arguments, for a first call, which is watched, in eval and without
             gradients, so that the next one is fused.
 
     Returns:
         Report: ``fused``, the modules with batch norms that are fused, or may be; ``left``, those with others, and why;
-        ``layers``, the state of each. It follows what the layers do.
+        ``layers``, the state of each; ``inference``, that of each convolution, and ``packed_bytes``. It follows what
+        the layers do.
 
     Raises:
         TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
     """
-    classes = DEFERRING | (RECOMPUTING if memory_efficient else {})
+    tables = [DEFERRING] + memory_efficient * [RECOMPUTING] + inference * [INFERRING]
     swaps, entries, in_blocks = {}, [], {}
     for name, module in _named_modules(model):
         is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL
-        swapped = FusedResidual if is_residual else None if module in in_blocks else classes.get(module.__class__)
+        swapped = FusedResidual if is_residual else None if module in in_blocks else swapped_class(module, *tables)
         is_wanted = swapped is None or filter_fn is None or filter_fn(module, name)
         if swapped is not None and is_wanted:
             swaps[module] = name, swapped
@@ -143,11 +181,12 @@ def fuse(model, filter_fn=None, *, memory_efficient=False, example_inputs=None):
             entries.append(_entry(model, name, state))
     for module, (name, swapped) in swaps.items():  # only now, when nothing can fail any more
         set_class(module, swapped)
-        if issubclass(swapped, Deferring):
-            vars(module)["_learned"] = Learned(name or "the model")
+        for base, learned in ((Deferring, Learned), (Inferring, Route)):
+            if issubclass(swapped, base):
+                vars(module)["_learned"] = learned(name or "the model")
     if example_inputs is not None:
         _watch(model, example_inputs)
-    return Report(entries)
+    return Report(entries, convolutions=[(swaps[m][0], ref(m)) for m in swaps if issubclass(type(m), Inferring)])
 
 
 def _watch(model, inputs):

@@ -1,6 +1,7 @@
 """The layers that ``fuse`` swaps in: they pass for the plain ones, and do what these do, or later and at once."""
 
 import copy
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch.compiler import is_compiling
 from .backend import ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain
 from .deferred import Call, Seen, Watched, defer, note_compiled, settle, under
+from .inference import NORMALIZED, Chained, Step, as_plain, layout_for
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
@@ -69,6 +71,10 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
         learned = self._learned
         if is_compiling():
             note_compiled(learned.number)
+        if type(input) is Chained and is_plain(self) and self.plain_class.forward is _FORWARD:
+            norm, training = batch_norm_of(self)
+            output = None if training else input.tail.take(Step(NORMALIZED, input, norm))
+            return super().forward(input) if output is None else output
         ops = ops_for(input)
         if ops is None or not self._may_defer(input):
             return super().forward(input)
@@ -111,6 +117,29 @@ def has_strides_of_output(input):
     return input.is_contiguous() or (input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()]))
 
 
+class Inferring(Swapped):
+    """A convolution that, in eval and without gradients on a CPU, puts its output off, too."""
+
+    def forward(self, input, *args, **kwargs):
+        if is_compiling() or args or kwargs:
+            return super().forward(input, *args, **kwargs)
+        input, learned = as_plain(input), self._learned
+        layout = layout_for(self, input)
+        if layout is not None and not learned.is_watching():
+            return learned.put_off(self, input, layout)
+        output = super().forward(input)
+        return output if layout is None else learned.watch(self, input, output)
+
+    def train(self, mode=True):
+        if mode:
+            self._learned.packed.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # moves and casts
+        self._learned.packed.clear()
+        return super()._apply(*args, **kwargs)
+
+
 class Recomputing(Swapped):
     """A convolution or pooling that keeps no fused ReLU's output for backward."""
 
@@ -127,16 +156,27 @@ class RecomputingConvolution(Swapped):
             return super()._conv_forward(input, weight, bias)
 
 
-def _swapped(plain_class, base):
+def _torch_classes(*names, dimensions=(1, 2, 3)):
+    return [getattr(nn, f"{name}{n}d") for name in names for n in dimensions]
+
+
+DEFERRING = dict.fromkeys(_torch_classes("BatchNorm"), Deferring)
+RECOMPUTING = dict.fromkeys(CONVOLUTIONS, RecomputingConvolution)
+RECOMPUTING |= dict.fromkeys(_torch_classes("ConvTranspose", "MaxPool"), Recomputing)
+INFERRING = dict.fromkeys(_torch_classes("Conv", "ConvTranspose", dimensions=(2, 3)), Inferring)  # oneDNN's
+
+
+def swapped_class(layer, *tables):
+    """The class of ours for the layer, by the tables, beside what it does already; None where there is none."""
+    found = [table.get(layer.__class__) for table in (INFERRING, RECOMPUTING, DEFERRING)]
+    wanted = [table.get(layer.__class__) for table in tables]
+    bases = [base for base in found if base is not None and (base in wanted or issubclass(type(layer), base))]
+    return _swapped(layer.__class__, *bases) if bases else None
+
+
+@cache
+def _swapped(plain_class, *bases):
     # torch.fx takes layers of torch.nn's modules as they are.
     members = {"plain_class": plain_class, "__module__": plain_class.__module__, "__doc__": plain_class.__doc__}
-    return type(f"{base.__name__}{plain_class.__name__}", (base, plain_class), members)
-
-
-def _torch_classes(*names):
-    return [getattr(nn, f"{name}{dimensions}d") for name in names for dimensions in (1, 2, 3)]
-
-
-DEFERRING = {plain: _swapped(plain, Deferring) for plain in _torch_classes("BatchNorm")}
-RECOMPUTING = {plain: _swapped(plain, RecomputingConvolution) for plain in CONVOLUTIONS}
-RECOMPUTING |= {plain: _swapped(plain, Recomputing) for plain in _torch_classes("ConvTranspose", "MaxPool")}
+    name = "".join(base.__name__ for base in bases) + plain_class.__name__
+    return type(name, (*bases, plain_class), members)

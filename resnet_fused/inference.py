@@ -1,0 +1,573 @@
+"""Inference on a CPU: a convolution puts its output off, too, until one call of oneDNN computes
+``activation(batch_norm(convolution(x)) + residual)`` on folded weights, packed once.
+
+A step is a batch norm, an addition or an activation. The first call of a convolution gives its real output, and it is
+seen which steps that takes, each the only use of what came before. From then on the layer puts its output off, for
+these steps and no others. Whoever else touches what is put off gets what has been reached, and the layer goes no
+further from then on.
+"""
+
+from functools import cache
+from operator import is_, mul
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_leaves
+
+from .backend import ops_for
+from .calls import is_plain
+from .deferred import ADDS_IN_PLACE, GEOMETRY, RELUS, RELUS_IN_PLACE, Deferred, Learned, _made, adds
+from .ops import BatchNorm
+
+_ops = torch.ops.mkldnn
+_CPU = torch.device("cpu")
+_TENSORS = (Tensor, nn.Parameter)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+NORMALIZED, ADDED = "batch norm", "add"
+
+
+# Steps
+
+
+class Step(NamedTuple):
+    name: str  # NORMALIZED, ADDED, or what oneDNN calls the activation
+    input: Tensor
+    operand: object  # a BatchNorm, what is added, or the activation's scalars and algorithm
+    is_in_place: bool = False
+
+
+def _activation(name, *scalars):
+    return lambda input, inplace=False: Step(name, input, (list(scalars), ""), inplace)
+
+
+def _relu_in_place(input):
+    return Step("relu", input, ([], ""), True)
+
+
+def _hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    return Step("hardtanh", input, ([min_val, max_val], ""), inplace) if min_val <= max_val else None
+
+
+def _leaky_relu(input, negative_slope=0.01, inplace=False):
+    return Step("leaky_relu", input, ([negative_slope], ""), inplace)
+
+
+def _gelu(input, *, approximate="none"):
+    return Step("gelu", input, ([], approximate))
+
+
+def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    return None if training else Step(NORMALIZED, input, BatchNorm(running_mean, running_var, weight, bias, 0.0, eps))
+
+
+_STEPS = dict.fromkeys(RELUS - RELUS_IN_PLACE, _activation("relu")) | dict.fromkeys(RELUS_IN_PLACE, _relu_in_place)
+_STEPS |= dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _activation("sigmoid"))
+_STEPS |= dict.fromkeys((torch.tanh, Tensor.tanh), _activation("tanh"))
+_STEPS |= {F.silu: _activation("swish"), F.hardswish: _activation("hardswish")}
+_STEPS |= {F.hardsigmoid: _activation("hardsigmoid"), F.relu6: _activation("hardtanh", 0.0, 6.0)}
+_STEPS |= {F.hardtanh: _hardtanh, F.leaky_relu: _leaky_relu, F.gelu: _gelu, F.batch_norm: _batch_norm}
+
+
+def step_of(kind, function, args, kwargs):
+    """The call as a step of a tensor of that kind; None where it is none."""
+    make = _STEPS.get(function)
+    if make is not None:
+        try:
+            step = make(*args, **kwargs)
+        except TypeError:  # ``out=`` and the like
+            return None
+        return step if step is not None and type(step.input) is kind else None
+    if not adds(function, args, kwargs):
+        return None
+    a, b = args if type(args[0]) is kind else args[::-1]
+    is_in_place = function in ADDS_IN_PLACE
+    return Step(ADDED, a, b, is_in_place) if a is args[0] or not is_in_place else None
+
+
+def joins(tail, step):
+    """Whether oneDNN takes the step after those that ``tail``, a :class:`Chain` or :class:`Trail`, has taken."""
+    if step.name == NORMALIZED:
+        mean, var, weight, bias, *_ = step.operand
+        vectors = [mean, var, *(vector for vector in (weight, bias) if vector is not None)]
+        return not tail.steps and all(_is_vector(vector, tail) for vector in vectors)
+    if step.name == ADDED:
+        residual, layer = step.operand, tail.layer
+        is_tensor = type(residual) in (*_TENSORS, Chained, Followed) and residual.is_cpu
+        is_alike = is_tensor and residual.shape == tail.shape and residual.dtype is tail.dtype
+        return is_alike and ADDED not in tail.steps and layer.groups == 1 and not layer.transposed
+    return step.name == "relu" or ADDED not in tail.steps
+
+
+def _is_vector(tensor, tail):
+    """Whether it has a value for each channel, and counts versions."""
+    is_plain_tensor = type(tensor) in _TENSORS and tensor.is_cpu and not tensor.is_inference()
+    return is_plain_tensor and tensor.shape == tail.shape[1:2] and tensor.dtype in (torch.float32, tail.dtype)
+
+
+# What is put off
+
+
+class Chain:
+    """What a convolution's output is to be after some steps. Nothing has been computed of it."""
+
+    __slots__ = ("layer", "learned", "layout", "input", "versions", "steps", "packed", "residual", "output")
+
+    def __init__(self, layer, learned, layout, input, versions, steps=(), packed=None, residual=None):
+        self.layer, self.learned, self.layout, self.input, self.versions = layer, learned, layout, input, versions
+        self.steps, self.packed, self.residual, self.output = steps, packed, residual, None
+
+    shape = property(lambda self: self.layout.shape)
+    dtype = property(lambda self: self.input.dtype)
+
+    def take(self, step):
+        """The tensor after the step, or None where that is not what was seen."""
+        name, input, operand, is_in_place = step
+        learned, steps, packed, residual, versions = self.learned, self.steps, self.packed, self.residual, self.versions
+        known, count = learned.steps, len(steps)
+        if self.output is not None or count >= len(known) or known[count] != name or torch.is_grad_enabled():
+            return None
+        if name == NORMALIZED:
+            packed = learned.packed_for(self, operand)
+            if packed is None:
+                return None
+        elif not joins(self, step):
+            return None
+        elif name == ADDED:
+            if type(operand) is Chained:
+                residual = operand.tail if operand.tail.is_residual() else operand.tail.make()
+            else:
+                residual = _counting_versions(operand)
+            if type(residual) is not Chain:
+                versions = *versions, (residual, residual._version)
+        chain = Chain(self.layer, learned, self.layout, self.input, versions, (*steps, name), packed, residual)
+        if count + 1 == len(known):
+            output = chain.output = chain.run() if name in (NORMALIZED, ADDED) else chain.run(name, *operand)
+        else:
+            output = input if is_in_place else Chained.__new__(Chained, chain)
+        if is_in_place:
+            input.tail = chain
+        return output
+
+    def is_residual(self):
+        """Whether it goes to an addition, and nowhere else."""
+        return self.output is None and self.learned.steps == (*self.steps, ADDED)
+
+    def make(self):
+        """What the plain layers give."""
+        if self.output is None:
+            self.learned.cut(len(self.steps))
+            self.output = self.run()
+        return self.output
+
+    def run(self, *activation):
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # in which results would count no versions
+            with torch.inference_mode(False), torch.no_grad():
+                return self.run(*activation)
+        output = self._run(*activation)
+        return output if self.layout.is_channels_last else output.contiguous()
+
+    def _run(self, activation="none", scalars=(), algorithm=""):
+        """In channels_last."""
+        packed, residual = self.packed or self.learned.packed_for(self, None), self.residual
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise self.learned.error("its input or a parameter was changed in place before its output was used")
+        arguments = packed.weight, packed.bias, *packed.geometry
+        if residual is None:
+            return packed.op(self.input, *arguments, activation, scalars, algorithm)
+        arguments += "add", 1.0, None if activation == "none" else activation, [], ""
+        if type(residual) is Chain:  # nobody else has what it gives: it is written to
+            return _ops._convolution_pointwise_.binary(residual._run(), self.input, *arguments)
+        return _ops._convolution_pointwise.binary(self.input, residual, *arguments)
+
+
+def _counting_versions(tensor):
+    """The tensor, or, of one made in inference mode, which counts no versions, a copy that nobody else can change."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+class Chained(Deferred):
+    """What a :class:`Chain` gives, without data."""
+
+    @staticmethod
+    def __new__(cls, chain):
+        layout = chain.layout
+        self = Tensor._make_wrapper_subclass(cls, layout.shape, strides=layout.strides, dtype=chain.dtype, device=_CPU)
+        self.tail = chain
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in GEOMETRY:
+            with DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        step = step_of(cls, function, args, kwargs)
+        output = None if step is None else step.input.tail.take(step)
+        if output is None:
+            args, kwargs = _made((args, kwargs), getattr(function, "__name__", str(function)))
+            output = function(*args, **kwargs)
+        return output
+
+
+# What is seen
+
+
+class Trail:
+    """The steps that the output of one watched call has taken."""
+
+    def __init__(self, layer, input, output):
+        self.layer, self.learned = layer, layer._learned
+        self.dtype, self.shape = output.dtype, output.shape
+        self.steps, self.is_over = (), False
+        self.outputs = []  # after so many steps, referenced weakly
+        parameters = (parameter for parameter in (layer.weight, layer.bias) if parameter is not None)
+        self.versions = [(tensor, tensor._version) for tensor in (input, *parameters) if not tensor.is_inference()]
+
+    def takes(self, step):
+        holds = not torch.is_grad_enabled() and all(tensor._version == version for tensor, version in self.versions)
+        return holds and not self.is_over and joins(self, step)
+
+    def cut(self, count):
+        """No more than ``count`` steps may be put off."""
+        self.steps, self.is_over = self.steps[:count], True
+        self.learned.cut(count)
+
+    def learnt(self):
+        """The steps before the first whose input somebody keeps."""
+        kept = [count for count, output in enumerate(self.outputs[: len(self.steps)]) if output() is not None]
+        return self.steps[: min(kept, default=None)]
+
+
+class Followed(Tensor):
+    """A convolution's real output, or what has become of it, on its trail."""
+
+    @staticmethod
+    def of(tensor, trail):
+        tensor.__class__ = Followed
+        tensor.trail, tensor.count, tensor.is_used = trail, len(trail.steps), False
+        trail.outputs.append(ref(tensor))
+        return tensor
+
+    def let_go(self):
+        self.trail.cut(self.count)
+        self.__class__ = Tensor
+        del self.trail, self.count, self.is_used
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with DisableTorchFunctionSubclass():
+            if function in GEOMETRY or torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if type(tensor) is cls]
+        step = step_of(cls, function, args, kwargs)
+        is_first_use = len({id(tensor) for tensor in tensors if not tensor.is_used}) == len(tensors)
+        if step is None or not is_first_use or not step.input.trail.takes(step):
+            for tensor in dict.fromkeys(tensors):
+                tensor.let_go()
+            return function(*args, **kwargs)
+        with DisableTorchFunctionSubclass():
+            output = function(*args, **kwargs)
+        for tensor in tensors:
+            tensor.is_used = True
+            tensor.trail.steps += (step.name,)
+            tensor.trail.is_over = tensor is not step.input
+        trail = step.input.trail
+        if step.is_in_place:
+            trail.outputs[-1] = _nobody
+        if step.name == ADDED and type(step.operand) is not cls and not step.operand.is_inference():
+            trail.versions.append((step.operand, step.operand._version))
+        if step.name in (NORMALIZED, ADDED):
+            return cls.of(output, trail)
+        trail.is_over = True
+        if type(output) is cls:  # changed in place
+            output.__class__ = Tensor
+        return output
+
+
+def _nobody():
+    return None
+
+
+# What is known of a layer
+
+
+class Layout(NamedTuple):
+    """Of a convolution's output, and what oneDNN takes beside tensors."""
+
+    shape: torch.Size
+    strides: list[int]
+    is_channels_last: bool
+    converts: bool
+    geometry: tuple
+
+
+class Route(Learned):
+    """The steps for which a convolution puts its output off, and its packed weights."""
+
+    kind = "a convolution"
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.steps = self.trail = None
+        self.packed, self.layouts = {}, {}
+
+    def cut(self, count):
+        if self.steps is not None:
+            self.steps = self.steps[:count]
+
+    def is_watching(self):
+        trail = self.trail
+        if trail is not None and (trail.is_over or trail.outputs[-1]() is None or self.calls > 2):
+            self.steps, self.trail = trail.learnt(), None
+        return self.steps is None
+
+    def watch(self, layer, input, output):
+        self.calls += 1
+        self.trail = Trail(layer, input, output)
+        return Followed.of(output, self.trail)
+
+    def put_off(self, layer, input, layout):
+        """The layer's output, put off where a step may follow."""
+        input, weight, bias = _counting_versions(input), layer.weight, layer.bias
+        versions = (input, input._version), (weight, weight._version)
+        if bias is not None:
+            versions += ((bias, bias._version),)
+        chain = Chain(layer, self, layout, input, versions)
+        return Chained.__new__(Chained, chain) if self.steps else chain.run()
+
+    def layout(self, layer, input):
+        """None where oneDNN does not take the convolution."""
+        weight = layer.weight
+        key = input.shape, input.stride(), input.dtype, weight.stride(), layer.padding, layer.stride, layer.dilation
+        if key not in self.layouts:
+            if len(self.layouts) > 99:
+                self.layouts.clear()
+            self.layouts[key] = _layout(layer, input)
+        return self.layouts[key]
+
+    def packed_for(self, chain, norm):
+        """The weights, packed; anew where they are not what they were. None where oneDNN takes no such batch norm."""
+        # No lock: one that another thread holds in a fork is never released in the child.
+        layer, input, geometry = chain.layer, chain.input, chain.layout.geometry
+        key = norm and id(norm.running_mean), input.dtype
+        packed = self.packed.get(key)
+        if packed is None or not packed.holds(layer, norm, geometry):
+            if norm is not None and not joins(chain, Step(NORMALIZED, None, norm)):
+                return None
+            if len(self.packed) > 3:  # a batch norm that is another one at each call
+                self.packed.clear()
+            packed = self.packed[key] = Packed(layer, norm, input, geometry)
+        return packed
+
+    def state(self, layer):
+        """For the report."""
+        reason = why_not(layer)
+        if reason is not None:
+            return f"plain: {reason}"
+        if self.steps is None:
+            return "watched" if self.calls else "may fuse"
+        return "+".join(("convolution", *self.steps))
+
+    def bytes(self):
+        return sum(packed.bytes() for packed in self.packed.values())
+
+    def converts(self):
+        """Whether inputs or outputs were converted to, or from, channels_last."""
+        return any(layout is not None and layout.converts for layout in self.layouts.values())
+
+
+def layout_for(layer, input):
+    """That of the layer's output, where oneDNN is to compute it, else None."""
+    weight = layer._parameters.get("weight")
+    is_inferred = (
+        not torch.is_grad_enabled()
+        and not layer.training
+        and type(input) in _TENSORS
+        and type(weight) in _TENSORS
+        and input.is_cpu
+        and input.dtype is weight.dtype
+        and not weight.is_inference()
+        and is_plain(layer)
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and ops_for(input) is not None
+    )
+    return layer._learned.layout(layer, input) if is_inferred else None
+
+
+def why_not(layer):
+    """Why oneDNN does not take the layer; None where it does."""
+    weight = layer._parameters.get("weight")
+    if layer.padding_mode != "zeros" or _geometry(layer) is None:
+        return f"padding of {layer.padding!r}, {layer.padding_mode}"
+    if not is_plain(layer) or type(weight) not in _TENSORS:
+        return "a hook, a forward of its own, or another weight than a tensor"
+    return _unavailable(weight.device.type, weight.dtype)
+
+
+@cache
+def _unavailable(device_type, dtype):
+    """Why oneDNN serves no such tensors; None where it does. What is private in PyTorch is tried once."""
+    if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return f"float32 and bfloat16 on a CPU only, not {str(dtype).removeprefix('torch.')} on {device_type}"
+    if not torch.backends.mkldnn.is_available():
+        return "this build of PyTorch has no oneDNN"
+    try:
+        if dtype is torch.bfloat16 and not _ops._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 on this CPU"
+        with torch.inference_mode(False), torch.no_grad():
+            input = (
+                torch.linspace(-1, 1, 128, dtype=dtype).view(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+            )
+            weight, geometry = torch.linspace(-1, 1, 64, dtype=dtype).view(8, 8, 1, 1), ((0, 0), (1, 1), (1, 1), 1)
+            expected = F.relu(F.conv2d(input, weight) + input)
+            packed = _ops._reorder_convolution_weight(weight, *geometry, [1, 8, 4, 4]), None, *geometry
+            binary = "add", 1.0, "relu", [], ""
+            output = _ops._convolution_pointwise.binary(input, input.clone(), *packed, *binary)
+            into = _ops._convolution_pointwise_.binary(input.clone(), input, *packed, *binary)
+            torch.testing.assert_close((output, into), (expected, expected), rtol=2e-2, atol=2e-2)
+    except (AttributeError, RuntimeError, TypeError, AssertionError) as error:
+        return f"oneDNN's operators are not what they were: {error}"
+    return None
+
+
+def as_plain(input):
+    """The tensor itself, of one that is followed or put off, where a convolution takes it."""
+    if type(input) is Followed:
+        input.let_go()
+    return input.tail.make() if type(input) is Chained else input
+
+
+# Weights
+
+
+class Packed:
+    """A convolution's weight and bias, a batch norm's scale and shift in them, as oneDNN takes them fastest."""
+
+    def __init__(self, layer, norm, input, geometry):
+        self.sources, self.eps, self.geometry = _sources(layer, norm), norm and norm.eps, geometry
+        tensors = [tensor.detach() for tensor in self.sources if tensor is not None]
+        self.version, self.addresses = self.sources[0]._version, [tensor.data_ptr() for tensor in tensors]
+        # Copied first: what is changed while the weight is being packed is seen at the next call.
+        self.views = [_bits(view) for view in (_sample(layer, tensors[0]), *tensors[1:])]
+        self.copies = [view.clone() for view in self.views]
+        weight, bias = _folded(layer, norm)
+        pack = _ops._reorder_convolution_transpose_weight if layer.transposed else _ops._reorder_convolution_weight
+        of_kind = _ops._convolution_transpose_pointwise if layer.transposed else _ops._convolution_pointwise
+        self.op = of_kind.default
+        self.weight = pack(weight.to(input.dtype), *geometry, list(input.shape))
+        self.bias = None if bias is None else bias.to(input.dtype)
+
+    def holds(self, layer, norm, geometry):
+        """Whether it is of these, and nobody has written to them.
+
+        A counter of versions does not see ``.data``, NumPy, another process or a fused optimizer: contents are
+        compared, all of each vector, and of the weight four values of each output channel.
+        """
+        sources = _sources(layer, norm)
+        return (
+            all(map(is_, sources, self.sources))
+            and sources[0]._version == self.version
+            and geometry == self.geometry
+            and (norm is None or norm.eps == self.eps)
+            and [tensor.data_ptr() for tensor in sources if tensor is not None] == self.addresses
+            and all(map(torch.equal, self.views, self.copies))
+        )
+
+    def bytes(self):
+        return _ops._nbytes(self.weight) + sum(copy.nbytes for copy in self.copies)
+
+
+def _sources(layer, norm):
+    return (layer.weight, layer.bias) if norm is None else (layer.weight, layer.bias, *norm[:4])
+
+
+def _bits(tensor):
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)  # NaN is equal to itself, then
+
+
+def _sample(layer, weight):
+    """Up to four values of each output channel, next to each other: of an input in the middle, from the kernel's."""
+    sizes, strides = weight.shape, weight.stride()
+    middle = [size // 2 for size in sizes]
+    outputs = [(sizes[0], strides[0])]
+    if layer.transposed:  # the inputs of each group, with all its outputs
+        inputs = sizes[0] // layer.groups
+        outputs, middle[0], middle[1] = [(layer.groups, inputs * strides[0]), (sizes[1], strides[1])], inputs // 2, 0
+    else:
+        middle[0] = 0
+    start = sum(map(mul, middle, strides))
+    last = start + sum((size - 1) * stride for size, stride in outputs)
+    count = min(4, 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True)) - last)
+    return weight.as_strided(*zip(*outputs, (count, 1), strict=True), weight.storage_offset() + start)
+
+
+def _folded(layer, norm):
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if norm is None:
+        return weight, bias
+    mean, var, gamma, beta = (None if vector is None else vector.detach().double() for vector in norm[:4])
+    scale = (var + norm.eps).rsqrt()
+    scale = scale if gamma is None else scale * gamma
+    shift = (-mean if bias is None else bias - mean) * scale
+    groups = layer.groups if layer.transposed else weight.shape[0]  # whose outputs come first are of one group each
+    by_group = weight.double().unflatten(0, (groups, -1)) * scale.view(groups, 1, -1, *[1] * (weight.dim() - 2))
+    return by_group.flatten(0, 1), shift if beta is None else shift + beta
+
+
+# Convolutions
+
+
+def _layout(layer, input):
+    geometry, shape, format = _geometry(layer), input.shape, _CHANNELS_LAST.get(input.dim())
+    is_taken = why_not(layer) is None and input.dim() == layer.weight.dim()
+    if not is_taken or shape[1] != layer.in_channels or not (input.is_contiguous() or _is_dense(input, format)):
+        return None
+    padding, output_padding = geometry[0], layer.output_padding
+    axes = zip(shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation, output_padding, strict=True)
+    if layer.transposed:
+        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes]
+    else:
+        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes]
+    shape = torch.Size((shape[0], layer.out_channels, *sizes))
+    if min(shape) < 1 or input.numel() == 0:
+        return None
+    is_channels_last = _is_channels_last(input, format) or _is_channels_last(layer.weight, format)
+    strides, stride, last = [1] * len(shape), 1, range(len(shape) - 1, 1, -1)
+    for d in (1, *last, 0) if is_channels_last else (*last, 1, 0):
+        strides[d], stride = stride, stride * shape[d]
+    converts = not is_channels_last or not _is_dense(input, format)
+    return Layout(shape, strides, is_channels_last, converts, geometry)
+
+
+def _geometry(layer):
+    """Padding, stride, dilation and groups; None where the two sides are padded differently."""
+    padding = layer.padding
+    if isinstance(padding, str):
+        sides = layer._reversed_padding_repeated_twice
+        padding = tuple(sides[-2::-2])
+        if padding != tuple(sides[::-2]):
+            return None
+    if layer.transposed:
+        return padding, layer.output_padding, layer.stride, layer.dilation, layer.groups
+    return padding, layer.stride, layer.dilation, layer.groups
+
+
+def _is_dense(tensor, format):
+    return tensor.is_contiguous(memory_format=format)
+
+
+def _is_channels_last(tensor, format):
+    """Whether PyTorch takes its format for channels_last: where it could be either, by its strides."""
+    is_one_value = tensor.numel() == tensor.shape[0]
+    is_by_strides = tensor.stride(1) == 1 and tensor.stride(-1) == tensor.shape[1] and not is_one_value
+    return is_by_strides and _is_dense(tensor, format)

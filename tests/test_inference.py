@@ -1,0 +1,815 @@
+"""fuse(model, inference=True): a convolution and what follows it are one call of oneDNN, and the numbers stay."""
+
+import copy
+import functools
+import gc
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
+from timm.layers import BatchNormAct2d
+from torch import nn
+from torch.autograd.profiler import profile
+
+from resnet_fused import Residual, fuse, inference, resnet18, unfuse, unfused, use_backend
+
+from .models import Layers, make_block, residual_block
+from .test_fuse import FORWARDS, in_another_thread
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+UNFUSED = {
+    "aten::batch_norm",
+    "aten::add",
+    "aten::add_",
+    "aten::relu",
+    "aten::relu_",
+    "aten::clamp_min_",
+    "aten::hardtanh",
+}
+ONEDNN = "mkldnn::_convolution"
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS)
+def memory_format(request):
+    return request.param
+
+
+def ready(model, dtype=torch.float32, memory_format=torch.channels_last):
+    """In eval, with statistics and affine parameters worth the name."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.normal_(module.running_mean, std=0.3)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+    return model.to(dtype, memory_format=memory_format).eval()
+
+
+def make_input(seed=0, shape=(3, 6, 5, 7), dtype=torch.float32, memory_format=torch.channels_last):
+    input = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return input.contiguous(memory_format=memory_format) if len(shape) == 4 else input
+
+
+def assert_close(actual, expected):
+    magnitude = expected.abs().max().item() if expected.numel() else 0.0
+    tolerance = (1e-5 if expected.dtype is torch.float32 else 3e-2) * max(magnitude, 1.0)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    strides = [[s for s, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (actual, expected)]
+    assert strides[0] == strides[1]
+
+
+def twins(model, *inputs, **options):
+    """The plain model, and a copy that is fused for inference and has learnt."""
+    fused = copy.deepcopy(model)
+    vars(fused)["report"] = fuse(fused, inference=True, **options)
+    for _ in range(2 if inputs else 0):
+        fused(*inputs)
+    return model, fused
+
+
+def operators(function):
+    """The names of the operators that it calls, of those that matter here."""
+    with profile() as events:
+        function()
+    return [event.name for event in events.function_events if event.name in UNFUSED or event.name.startswith(ONEDNN)]
+
+
+def assert_one_call_each(plain, fused, *inputs, count):
+    """As many calls of oneDNN, and none of what they stand for; the numbers are the plain model's."""
+    assert_close(fused(*inputs), plain(*inputs))
+    names = operators(lambda: fused(*inputs))
+    assert len(names) == count and all(name.startswith(ONEDNN) for name in names), names
+    assert type(fused(*inputs)) is torch.Tensor
+
+
+# What is one call
+
+
+def conv_bn(*more):
+    return nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), *more)
+
+
+class Sum(nn.Module):
+    def __init__(self, layer, shortcut=None, activation=None):
+        super().__init__()
+        self.layer, self.shortcut, self.activation = layer, shortcut or nn.Identity(), activation or nn.Identity()
+
+    def forward(self, X):
+        return self.activation(self.layer(X) + self.shortcut(X))
+
+
+TAILS = {
+    "nothing": lambda: nn.Conv2d(6, 6, 3),
+    "batch norm": conv_bn,
+    "batch norm without parameters": lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6, affine=False)),
+    "addition": lambda: Sum(conv_bn()),
+    "addition, ReLU": lambda: Sum(conv_bn(), activation=nn.ReLU(inplace=True)),
+    "addition without batch norm": lambda: Sum(nn.Conv2d(6, 6, 1)),
+    "two": lambda: Sum(conv_bn(), conv_bn(), nn.ReLU()),
+    "two without batch norms": lambda: Sum(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.ReLU()),
+    "timm's batch norm": lambda: nn.Sequential(nn.Conv2d(6, 6, 3), BatchNormAct2d(6)),
+}
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.ReLU(inplace=True),
+    nn.ReLU6(inplace=True),
+    nn.Hardtanh(-0.5, 0.7),
+    nn.LeakyReLU(0.3),
+    nn.SiLU(inplace=True),
+    nn.Hardswish(),
+    nn.Hardsigmoid(),
+    nn.GELU(),
+    nn.GELU(approximate="tanh"),
+    nn.Sigmoid(),
+    nn.Tanh(),
+]
+TAILS |= {f"batch norm, {activation}": functools.partial(conv_bn, activation) for activation in ACTIVATIONS}
+TAILS |= {
+    f"{activation}": functools.partial(nn.Sequential, nn.Conv2d(6, 6, 1), activation) for activation in ACTIVATIONS
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_convolution_and_what_follows_it_are_one_call(tail, dtype):
+    model, input = ready(TAILS[tail](), dtype), make_input(dtype=dtype)
+    plain, fused = twins(model, input)
+    assert_one_call_each(plain, fused, input, count=sum(isinstance(m, nn.Conv2d) for m in model.modules()))
+
+
+def test_what_onednn_has_not_is_left_to_pytorch(memory_format):
+    for tail in (Sum(conv_bn(), activation=nn.SiLU()), conv_bn(nn.ELU()), Sum(nn.Conv2d(6, 6, 1, groups=2))):
+        input = make_input(memory_format=memory_format)
+        plain, fused = twins(ready(tail, memory_format=memory_format), input)
+        assert_close(fused(input), plain(input))
+
+
+CONVOLUTIONS = {
+    "strided": lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False),
+    "dilated": lambda: nn.Conv2d(6, 8, 3, dilation=2, padding=(2, 1)),
+    "grouped": lambda: nn.Conv2d(6, 8, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6),
+    "pointwise": lambda: nn.Conv2d(6, 8, 1),
+    "same": lambda: nn.Conv2d(6, 8, (3, 5), padding="same"),
+    "valid": lambda: nn.Conv2d(6, 8, 3, padding="valid"),
+    "as large as the input": lambda: nn.Conv2d(6, 8, (5, 7)),
+    "transposed": lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, padding=1, output_padding=1),
+    "transposed, grouped": lambda: nn.ConvTranspose2d(6, 8, 3, groups=2, dilation=2, bias=False),
+    "of volumes": lambda: nn.Conv3d(6, 8, 3, padding=1),
+    "of volumes, transposed": lambda: nn.ConvTranspose3d(6, 8, 2, stride=2),
+}
+OTHERS = {
+    "padded by reflection": lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
+    "padded unevenly": lambda: nn.Conv2d(6, 8, 2, padding="same"),
+    "of rows": lambda: nn.Conv1d(6, 8, 3),
+}
+
+
+def with_batch_norm(convolution):
+    dimensions = convolution.weight.dim() - 2
+    batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dimensions - 1](convolution.out_channels)
+    model = nn.Sequential(convolution, batch_norm, nn.ReLU())
+    return model, make_input(shape=(3, 6, 5, 7) if dimensions == 2 else (3, 6, *(4, 5, 6)[:dimensions]))
+
+
+@pytest.mark.parametrize("weights", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", CONVOLUTIONS | OTHERS)
+def test_convolutions_of_every_kind(kind, weights, memory_format):
+    model, input = with_batch_norm((CONVOLUTIONS | OTHERS)[kind]())
+    model = ready(model, memory_format=weights if input.dim() == 4 else torch.contiguous_format)
+    input = input.contiguous(memory_format=memory_format) if input.dim() == 4 else input
+    plain, fused = twins(model, input)
+    assert_close(fused(input), plain(input))
+    calls = [name for name in operators(lambda: fused(input)) if name.startswith(ONEDNN)]
+    assert len(calls) == (kind in CONVOLUTIONS)
+
+
+@pytest.mark.parametrize("weights", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts_that_could_be_either(weights, memory_format):
+    for channels, size in ((1, 5), (6, 1), (1, 1)):
+        model = ready(nn.Sequential(nn.Conv2d(channels, 6, 3, padding=2), nn.BatchNorm2d(6), nn.ReLU()))
+        input = make_input(shape=(3, channels, size, size), memory_format=memory_format)
+        plain, fused = twins(model.to(memory_format=weights), input)
+        assert_close(fused(input), plain(input))
+
+
+@pytest.mark.parametrize("block", [Residual, make_block], ids=["Residual", "BasicBlock"])
+def test_blocks_are_one_call_a_convolution(block, memory_format):
+    block = Residual(6, 6, use_1x1conv=True) if block is Residual else make_block()
+    input = make_input(memory_format=memory_format)
+    plain, fused = twins(ready(block, memory_format=memory_format), input)
+    assert_one_call_each(plain, fused, input, count=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_resnet18_at_any_batch_and_image_size(dtype):
+    plain, fused = twins(ready(resnet18(block=Residual), dtype))
+    for shape in ((2, 1, 32, 32), (1, 1, 32, 32), (4, 1, 48, 40), (2, 1, 32, 32)):
+        input = make_input(shape=shape, dtype=dtype)
+        assert_close(fused(input), plain(input))
+    assert len(operators(lambda: fused(input))) == 20
+    assert torch.equal(fused(input).argmax(1), plain(input).argmax(1))
+
+
+# Who else touches it
+
+
+def conv_used_twice(self, X):
+    Y = self.conv1(X)
+    return F.relu(self.bn1(Y)) + Y
+
+
+def conv_normalised_twice(self, X):
+    Y = self.conv1(X)
+    return F.relu(self.bn1(Y)) + F.relu(self.bn2(Y))
+
+
+def conv_to_another(self, X):
+    return F.relu(self.conv2(self.conv1(X)))
+
+
+def conv_kept(self, X):
+    self.kept = self.conv1(X)
+    return F.relu(self.bn1(self.kept))
+
+
+def conv_changed_in_place(self, X):
+    return F.relu(self.bn1(self.conv1(X).mul_(2)))
+
+
+def two_activations(self, X):
+    Y = self.bn1(self.conv1(X))
+    return F.silu(Y) + F.relu(Y)
+
+
+def activation_in_place_and_old_name(self, X):
+    Y = self.bn1(self.conv1(X))
+    F.silu(Y, inplace=True)
+    return Y
+
+
+def sum_in_place_and_old_name(self, X):
+    Y = self.conv1(X)
+    Y += X
+    return Y
+
+
+def sum_and_its_input(self, X):
+    Y = self.bn1(self.conv1(X))
+    return F.relu(Y + X) - Y
+
+
+def residual_used_again(self, X):
+    Z = self.conv2(X)
+    return F.relu(self.bn1(self.conv1(X)) + Z) * Z
+
+
+def residual_changed_after_the_relu(self, X):
+    Z = self.conv2(X)
+    Y = F.relu(self.bn1(self.conv1(X)) + Z)
+    Z.zero_()
+    return Y
+
+
+def input_changed_after_the_relu(self, X):
+    X = X * 1
+    Y = F.relu(self.bn1(self.conv1(X)))
+    return Y + X.zero_()
+
+
+def shortcut_of_its_own(self, X):
+    X = F.relu(self.bn1(self.conv1(X)))
+    return F.relu(self.bn2(self.conv2(X)) + X) + X
+
+
+def batch_norm_in_training(self, X):
+    self.bn1.train()
+    Y = self.bn1(self.conv1(X))
+    self.bn1.eval()
+    return F.relu(Y)
+
+
+def out_given(self, X):
+    return torch.sigmoid(self.conv1(X), out=torch.empty_like(X))
+
+
+def bounded_sum(self, X):
+    return F.relu6(self.bn1(self.conv1(X)) + X)
+
+
+def broadcast_sum(self, X):
+    return F.relu(self.bn1(self.conv1(X)) + X.mean((2, 3), keepdim=True))
+
+
+def sum_with_scalar(self, X):
+    return F.relu(self.bn1(self.conv1(X)) + 1)
+
+
+def one_convolution_twice(self, X):
+    return F.relu(self.conv1(F.relu(self.bn1(self.conv1(X)))))
+
+
+def pending_twice(self, X):
+    Y, Z = self.conv1(X), self.conv1(X + 1)
+    return F.relu(self.bn1(Y)) + F.relu(self.bn2(Z))
+
+
+def expanded_residual(self, X):
+    return F.relu(self.conv1(X) + X[:1].expand_as(X))
+
+
+def sliced_input(self, X):
+    return F.relu(self.conv1(torch.cat([X, X], 1)[:, 3:9]))
+
+
+FORWARDS_OF_CONVOLUTIONS = [value for value in list(globals().values()) if getattr(value, "__code__", None)]
+FORWARDS_OF_CONVOLUTIONS = [f for f in FORWARDS_OF_CONVOLUTIONS if f.__code__.co_varnames[:2] == ("self", "X")]
+EVERY_FORWARD = [*FORWARDS_OF_CONVOLUTIONS, *(forward for forward in FORWARDS if forward is not in_another_thread)]
+
+
+def set_forward(model, forward):
+    """Of what the forwards leave behind, too."""
+    model.function = forward
+    model.bn1.track_running_stats = model.bn2.track_running_stats = True
+    model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning", "ignore:None of the inputs have:UserWarning")
+@pytest.mark.parametrize("forward", EVERY_FORWARD, ids=lambda forward: forward.__name__)
+def test_a_forward_of_any_kind_also_after_the_layers_have_learnt_another(forward, memory_format):
+    plain = ready(Layers(residual_block), memory_format=memory_format)
+    for learnt in (forward, residual_block, conv_used_twice, two_activations, residual_used_again):
+        fused = copy.deepcopy(plain)
+        fuse(fused, inference=True)
+        for seed, function in enumerate((learnt, learnt, learnt, forward, forward, learnt, forward)):
+            input, other = (make_input(seed, memory_format=memory_format) for _ in range(2))
+            outputs = []
+            for model, argument in ((fused, input), (plain, other)):
+                set_forward(model, function)
+                output = model(argument)
+                outputs.append(output if isinstance(output, tuple) else (output,))
+            for actual, expected in zip(*outputs, strict=True):
+                assert_close(actual, expected)
+            assert torch.equal(input, other)
+
+
+def changes_its_input(self, X):
+    Y = self.conv1(X)
+    X.mul_(2)
+    return F.relu(self.bn1(Y))
+
+
+def changes_its_residual(self, X):
+    Y, Z = self.bn2(self.conv2(X)), X * 1
+    Y = Y + Z
+    Z.mul_(2)
+    return F.relu(Y)
+
+
+def changes_its_weight(self, X):
+    Y = self.conv1(X)
+    self.conv1.weight.add_(0)
+    return F.relu(self.bn1(Y))
+
+
+@pytest.mark.parametrize("forward", [changes_its_input, changes_its_residual, changes_its_weight])
+def test_what_changes_before_it_is_used_is_seen(forward):
+    """In the watched call, and the numbers are right; later, and it is an error."""
+    plain, fused = twins(ready(Layers(forward)))
+    for seed in range(4):
+        assert_close(fused(make_input(seed)), plain(make_input(seed)))
+    plain, fused = twins(ready(Layers(residual_block)))
+    for twin in (plain, fused):
+        twin(make_input())
+        twin(make_input())
+    fused.function = forward
+    with pytest.raises(RuntimeError, match="conv[12], a convolution that fuse put off: .* was changed in place"):
+        fused(make_input())
+
+
+def test_hooks_see_and_change_outputs():
+    for layer in ("conv1", "bn1", "relu"):
+        plain, fused = twins(ready(make_block(downsample=False)), make_input())
+        seen = []
+
+        def hook(module, args, output, seen=seen):
+            seen.append(output)
+            return output * 2
+
+        for model in (plain, fused):
+            getattr(model, layer).register_forward_hook(hook)
+        for seed in range(3):
+            assert_close(fused(make_input(seed)), plain(make_input(seed)))
+        assert len(seen) == 6 * (2 if layer == "relu" else 1)
+        assert all(tensor.sum().isfinite() for tensor in seen)
+
+
+def test_nobodys_tensor_is_overwritten(memory_format):
+    """Not the input, an identity shortcut, nor what a hook or the caller keeps."""
+    model = nn.Sequential(make_block(downsample=False), make_block(), Residual(6, 6), Residual(6, 6, use_1x1conv=True))
+    plain, fused = twins(ready(model, memory_format=memory_format), make_input(memory_format=memory_format))
+    kept = []
+    for block in fused:
+        block.register_forward_hook(lambda block, args, output: kept.append((output, output.clone())))
+    input = make_input(1, memory_format=memory_format)
+    copied = input.clone()
+    outputs = [fused(input) for _ in range(3)]
+    assert torch.equal(input, copied) and input._version == 0
+    assert all(torch.equal(tensor, copied) for tensor, copied in kept)
+    assert len({tensor.data_ptr() for tensor in outputs}) == 3
+    assert_close(outputs[0], plain(input))
+
+
+def test_empty_batches_and_bad_inputs_are_as_in_the_plain_model():
+    plain, fused = twins(ready(conv_bn(nn.ReLU())), make_input())
+    assert_close(fused(make_input(shape=(0, 6, 5, 7))), plain(make_input(shape=(0, 6, 5, 7))))
+    for shape in ((3, 5, 5, 7), (3, 6, 5), (3, 6, 5, 7, 2)):
+        errors = []
+        for model in (plain, fused):
+            with pytest.raises(RuntimeError) as error:
+                model(torch.randn(shape))
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+
+
+# The packed weights follow
+
+
+def step(fused):
+    def change(model):
+        with torch.enable_grad():
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+            model(make_input()).square().mean().backward()
+            optimizer.step()
+
+    return change
+
+
+def of_tensors(edit, only=""):
+    """A change of each parameter and buffer of floats, by ``edit(module, name, tensor, new value)``."""
+
+    def change(model):
+        for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+            if tensor.is_floating_point() and name.endswith(only):
+                path, _, attribute = name.rpartition(".")
+                edit(model.get_submodule(path), attribute, tensor, tensor * 1.5 + 0.1)
+
+    return change
+
+
+def load(assign):
+    def change(model):
+        state = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+        model.load_state_dict(state, assign=assign)
+
+    return change
+
+
+def set_data(module, name, tensor, value):
+    tensor.data = value
+
+
+def set_parameter(module, name, tensor, value):
+    setattr(module, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+
+
+def swap(model):
+    """What an average of the weights does before and after it is evaluated."""
+    other = [tensor * 1.5 for tensor in model.parameters()]
+    for tensor, value in zip(model.parameters(), other, strict=True):
+        tensor.data, value.data = value.data, tensor.data
+
+
+def set_eps(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.5
+
+
+def to_nan(model):
+    model.bn1.running_mean.fill_(float("nan"))
+
+
+IN_PLACE = {
+    "mul_": lambda module, name, tensor, value: tensor.copy_(value),
+    "data.copy_": lambda module, name, tensor, value: tensor.data.copy_(value),
+    "NumPy": lambda module, name, tensor, value: tensor.detach().numpy().__setitem__(..., value.detach().numpy()),
+}
+CHANGES = {
+    "step": step(fused=False),
+    "fused step": step(fused=True),
+    "load_state_dict": load(assign=False),
+    "load_state_dict, assign": load(assign=True),
+    "data = ": of_tensors(set_data),
+    "another parameter": of_tensors(set_parameter),
+    "swap": swap,
+    "eps": set_eps,
+    "train and back": lambda model: model.train()(make_input(5)) is None or model.eval(),
+    "half and back": lambda model: model.half().float(),
+    "double and back": lambda model: model.double().float(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "contiguous": lambda model: model.to(memory_format=torch.contiguous_format),
+    "stride": lambda model: [
+        setattr(layer, "dilation", (2, 2)) or setattr(layer, "padding", (2, 2)) for layer in (model.conv1, model.conv2)
+    ],
+    "pruned": lambda model: nn.utils.prune.custom_from_mask(model.conv1, "weight", model.conv1.weight > 0),
+    "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.conv1),
+    "another batch norm": lambda model: setattr(model, "bn1", ready(nn.BatchNorm2d(6, eps=0.1))),
+    "another convolution": lambda model: setattr(model, "conv1", ready(nn.Conv2d(6, 6, 3, padding=1))),
+    "share_memory": lambda model: of_tensors(IN_PLACE["data.copy_"])(model.share_memory()),
+}
+CHANGES |= {
+    f"{edit} of {only}": of_tensors(IN_PLACE[edit], only)
+    for edit in IN_PLACE
+    for only in ("conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias", "running_mean", "running_var", "")
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_next_forward_follows(change):
+    plain, fused = twins(ready(make_block_with_biases()), make_input())
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        CHANGES[change](model)
+    dtype = plain.bn2.weight.dtype
+    for seed in range(2):
+        input = make_input(seed, dtype=dtype)
+        assert_close(fused(input), plain(input))
+
+
+def make_block_with_biases():
+    block = make_block()
+    block.conv1, block.conv2 = (nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+    return block
+
+
+def test_every_output_channel_of_a_weight_is_looked_at():
+    """An edit of all that goes to one channel, which no version counts."""
+    for kind, make in CONVOLUTIONS.items():
+        model, input = with_batch_norm(make())
+        plain, fused = twins(ready(model, memory_format=torch.contiguous_format), input)
+        for channel in range(model[0].out_channels):
+            for twin in (plain, fused):
+                weight = twin[0].weight.data
+                if twin[0].transposed:
+                    size = weight.shape[1]
+                    weight.unflatten(0, (twin[0].groups, -1))[channel // size, :, channel % size].mul_(2)
+                else:
+                    weight[channel].mul_(2)
+            assert_close(fused(input), plain(input)), kind
+
+
+def test_weights_are_packed_once():
+    _, fused = twins(ready(make_block()), make_input())
+    packed = {
+        name: dict(module._learned.packed) for name, module in fused.named_modules() if hasattr(module, "transposed")
+    }
+    for shape in ((3, 6, 5, 7), (1, 6, 9, 9), (2, 6, 5, 7)):
+        fused(make_input(shape=shape))
+    assert all(fused.get_submodule(name)._learned.packed == entries and entries for name, entries in packed.items())
+
+
+def test_packed_weights_are_freed(memory_format):
+    _, fused = twins(ready(make_block(), memory_format=memory_format), make_input(memory_format=memory_format))
+    report, input = vars(fused)["report"], make_input(memory_format=memory_format)
+    weights = sum(p.nbytes for name, p in fused.named_parameters() if "conv" in name or name == "downsample.0.weight")
+    for free in (nn.Module.train, nn.Module.bfloat16, nn.Module.float, unfuse):
+        for _ in range(2):
+            fused.eval().float()(input)
+        assert report.packed_bytes >= weights
+        free(fused)
+        assert report.packed_bytes == 0
+
+
+def test_several_batch_norms_of_one_convolution_do_not_pile_up():
+    model = ready(conv_bn(nn.ReLU()))
+    plain, fused = twins(model, make_input())
+    for _ in range(9):
+        plain[1] = ready(nn.BatchNorm2d(6))
+        fused[1] = copy.deepcopy(plain[1])
+        assert_close(fused(make_input()), plain(make_input()))
+    assert len(fused[0]._learned.packed) <= 4
+
+
+# Modes
+
+
+def test_with_gradients_and_in_training_it_is_as_fused_without(memory_format):
+    for inference_first in (True, False):
+        plain = ready(make_block(), memory_format=memory_format)
+        models = [copy.deepcopy(plain) for _ in range(2)]
+        for model, options in zip(models, ({"inference": True}, {}), strict=True):
+            fuse(model, **options)
+            for _ in range(2 if inference_first else 0):
+                model(make_input(memory_format=memory_format))
+            with torch.enable_grad():  # which is watched
+                model.train()(make_input(memory_format=memory_format)).sum().backward()
+            model.zero_grad()
+            model.load_state_dict(plain.state_dict())
+        for training in (True, False, True, False):
+            results = []
+            for model in models:
+                with torch.enable_grad():
+                    input = make_input(memory_format=memory_format).requires_grad_()
+                    output = model.train(training)(input)
+                    output.square().sum().backward()
+                results.append((output, input.grad, *(p.grad for p in model.parameters()), *model.buffers()))
+            for actual, expected in zip(*results, strict=True):
+                assert torch.equal(actual, expected)
+
+
+def test_inference_mode():
+    plain, fused = twins(
+        ready(nn.Sequential(make_block(), nn.MaxPool2d(2), make_block(downsample=False))), make_input()
+    )
+    with torch.inference_mode():
+        for input in (make_input(), make_input() * 1):
+            assert_close(fused(input), plain(input))
+            names = [name for name in operators(lambda input=input: fused(input)) if name.startswith(ONEDNN)]
+            assert len(names) == 5
+    plain, fused = twins(ready(Layers(residual_block)), make_input())
+    for forward in (changes_its_input, changes_its_residual):
+        plain.function = fused.function = forward
+        with torch.inference_mode():  # tensors made here count no versions
+            assert_close(fused(make_input() * 1), plain(make_input() * 1))
+    with torch.inference_mode():
+        plain = ready(make_block())
+        _, fused = twins(plain, make_input())
+        assert_close(fused(make_input()), plain(make_input()))
+
+
+def test_where_others_watch_or_choose_it_is_the_plain_model():
+    plain, fused = twins(ready(make_block()), make_input())
+    for context in (
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: use_backend("eager"),
+        lambda: torch.backends.mkldnn.flags(enabled=False),
+    ):
+        with context():
+            assert torch.equal(fused(make_input()), plain(make_input()))
+            assert not any(name.startswith(ONEDNN) for name in operators(lambda: fused(make_input())))
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(make_input()), plain(make_input()))
+    exported = torch.export.export(fused, (make_input(),)).module()
+    assert_close(exported(make_input()), plain(make_input()))
+    assert_close(torch.func.vmap(fused)(make_input()[None])[0], plain(make_input()))
+    assert len(operators(lambda: fused(make_input()))) == 3
+
+
+# How it travels
+
+
+def test_copies_and_files(tmp_path):
+    plain, fused = twins(ready(make_block()), make_input())
+    state = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    assert list(state) == list(plain.state_dict())
+    copied = copy.deepcopy(fused)
+    assert type(copied.conv1) is type(fused.conv1) and not copied.conv1._learned.packed
+    torch.save(fused.conv1, tmp_path / "layer.pt")
+    del fused.report, copied.report
+    buffer = io.BytesIO()
+    torch.save(fused, buffer)
+    assert b"resnet_fused" not in buffer.getvalue() + pickle.dumps(fused)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert type(loaded.conv1) is nn.Conv2d
+    for model in (copied, loaded, pickle.loads(pickle.dumps(fused))):
+        for _ in range(3):
+            assert_close(model(make_input()), plain(make_input()))
+
+
+def _run(model, input, queue):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        queue.put(model(input).tolist())
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes(method):
+    plain, fused = twins(ready(make_block()), make_input())
+    del fused.report
+    context = torch.multiprocessing.get_context(method)
+    queue = context.SimpleQueue()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork inherits OpenMP's state, not its threads
+    process = context.Process(target=_run, args=(fused.share_memory(), make_input(), queue))
+    process.start()
+    output = torch.tensor(queue.get())
+    process.join()
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(output, plain(make_input()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("has_learnt", [True, False])
+def test_four_threads_on_a_cold_cache(has_learnt):
+    plain, fused = twins(ready(make_block()), *[make_input()] * has_learnt)
+    for module in fused.modules():
+        if "_learned" in vars(module) and hasattr(module._learned, "packed"):
+            module._learned.packed.clear()
+    barrier, outputs = threading.Barrier(4), {}
+
+    def run(seed):
+        with torch.no_grad():
+            barrier.wait()
+            outputs[seed] = [fused(make_input(seed)) for _ in range(5)]
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in range(4):
+        for output in outputs[seed]:
+            assert_close(output, plain(make_input(seed)))
+
+
+def test_the_model_goes_when_it_is_deleted():
+    model, input = ready(make_block()), make_input()
+    report = fuse(model, inference=True)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            model(input)
+        references = [type(module) for module in model.modules()]
+        del model
+        assert report.packed_bytes == 0 and references
+        assert set(report.inference.values()) == {"plain: it is no longer swapped"}
+    finally:
+        gc.enable()
+
+
+# fuse, unfuse and the report
+
+
+def test_fuse_upgrades_keeps_and_gives_back():
+    plain = ready(nn.Sequential(conv_bn(nn.ReLU()), Residual(6, 6), nn.ConvTranspose2d(6, 6, 2)))
+    before = [(type(module), set(vars(module))) for module in plain.modules()]
+    _, fused = twins(plain, make_input(), memory_efficient=True)
+    upgraded = copy.deepcopy(plain)
+    fuse(upgraded, memory_efficient=True)
+    fuse(upgraded, inference=True)
+    kept = copy.deepcopy(fused)
+    fuse(kept)
+    for model in (fused, upgraded, kept):
+        for _ in range(2):
+            model(make_input())
+        assert len(operators(lambda model=model: model(make_input()))) == 4
+        assert len({base.__name__ for base in type(model[0][0]).__mro__} & {"Inferring", "RecomputingConvolution"}) == 2
+        with unfused(model):
+            assert [type(module) for module in model.modules()] == [kind for kind, _ in before]
+            assert_close(model(make_input()), plain(make_input()))
+        assert len(operators(lambda model=model: model(make_input()))) == 4
+        unfuse(model)
+        assert [type(module) for module in model.modules()] == [kind for kind, _ in before]
+        assert_close(model(make_input()), plain(make_input()))
+    with pytest.raises(TypeError):
+        fuse(plain, None, True)
+
+
+def test_the_report():
+    model = ready(nn.Sequential(make_block(downsample=False), nn.Conv2d(6, 6, 3, padding_mode="reflect", padding=1)))
+    report = fuse(model, lambda module, name: name != "0.conv2", inference=True)
+    assert report.inference == {"0.conv1": "may fuse", "1": "plain: padding of (1, 1), reflect"}
+    model(make_input())
+    assert report.inference["0.conv1"] == "watched"
+    model(make_input())
+    assert report.inference["0.conv1"] == "convolution+batch norm+relu"
+    assert report.packed_bytes > model[0].conv1.weight.nbytes
+    assert "in inference: 1 convolutions with what follows them, 0.0 MiB packed\n  1: plain: padding" in str(report)
+    assert report.to_dict()["inference"] == report.inference
+    assert "convert" not in str(report)
+    model(make_input(memory_format=torch.contiguous_format))
+    assert "1 convert to channels_last or from it" in str(report)
+    model.double()
+    assert report.inference["0.conv1"] == "plain: float32 and bfloat16 on a CPU only, not float64 on cpu"
+    assert_close(model(make_input(dtype=torch.float64)), unfuse(model) and model(make_input(dtype=torch.float64)))
+    assert set(report.inference.values()) == {"plain: it is no longer swapped"}
+
+
+@pytest.mark.parametrize("missing", ["_reorder_convolution_weight", "_convolution_pointwise_"])
+def test_without_onednns_operators_it_is_the_plain_model(missing, monkeypatch):
+    class Without:
+        def __getattr__(self, name):
+            if name == missing:
+                raise AttributeError(f"no {name}")
+            return getattr(torch.ops.mkldnn, name)
+
+    monkeypatch.setattr(inference, "_ops", Without())
+    inference._unavailable.cache_clear()
+    plain, fused = twins(ready(make_block()), make_input())
+    monkeypatch.undo()
+    inference._unavailable.cache_clear()
+    assert torch.equal(fused(make_input()), plain(make_input()))
