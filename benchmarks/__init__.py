@@ -6,6 +6,7 @@ overhead    host time per call, where there is next to nothing to compute
 block       Residual against FusedResidual, per stage of ResNet-18
 resnet18    the whole network: a training step and inference
 models      models of torchvision and timm: a training step, inference, and the bytes saved for backward
+inference   models in inference on a CPU: plain, compiled, fused, and other runtimes
 shares      where a network's training step spends its time, plain and fused
 memory      peak resident memory of training steps, plain and fused
 train       the whole network really trained on handwritten digits, plain and fused side by side

@@ -22,6 +22,8 @@ RUNS = {
     "resnet18": ["--image-size", "32", "--batch-size", "2", *ONE_ROUND],
     "models": ["--models", "resnet18,timm/resnet18", "--image-size", "32", "--batch-size", "2", *ONE_ROUND]
     + ["fused, memory_efficient"],
+    "inference": ["--models", "resnet18,timm/resnet18", "--sizes", "32", "--batch-sizes", "1,2", "--dtype", "bfloat16"]
+    + [*ONE_ROUND, "fused, inference"],
     "train": ["--image-size", "32", "--batch-size", "64", "--steps", "2"],
 }
 ROW = {
@@ -56,6 +58,7 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
     written = json.loads(results.read_text())
     assert {"cpu", "torch", "threads", "mallopt"} <= written["machine"].keys()
     for row in written["rows"]:
+        assert name != "inference" or row.pop("first_two_calls_ms") > 0
         assert list(row) == list(ROW)
         assert all(isinstance(row[key], kind) for key, kind in ROW.items())
         assert row["bench"] == name
