@@ -111,7 +111,7 @@ class Report:
             size = f"{self.packed_bytes / 2**20:.1f} MiB packed"
             lines = [f"in inference: {len(states) - len(left)} convolutions with what follows them, {size}"]
         if converting := sum(route.converts() for route in self._routes()):
-            lines.append(f"  {converting} convert to channels_last or from it: model and input in it would spare that")
+            lines.append(f"  {converting} convert their input: .to(memory_format=torch.channels_last) would spare that")
         return lines + [f"  {name}: {state}" for name, state in left.items()]
 
     def to_dict(self):

@@ -29,6 +29,8 @@ _CPU = torch.device("cpu")
 _TENSORS = (Tensor, nn.Parameter)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMALIZED, ADDED = "batch norm", "add"
+# Multiplications: below, oneDNN's call takes longer on the host (35 us) than the plain convolution takes at all.
+LEAST_WORK = 2**20
 
 
 # Steps
@@ -167,12 +169,10 @@ class Chain:
     def run(self, *activation):
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # in which results would count no versions
             with torch.inference_mode(False), torch.no_grad():
-                return self.run(*activation)
-        output = self._run(*activation)
-        return output if self.layout.is_channels_last else output.contiguous()
+                return self._run(*activation)
+        return self._run(*activation)
 
     def _run(self, activation="none", scalars=(), algorithm=""):
-        """In channels_last."""
         packed, residual = self.packed or self.learned.packed_for(self, None), self.residual
         for tensor, version in self.versions:
             if tensor._version != version:
@@ -306,8 +306,7 @@ class Layout(NamedTuple):
 
     shape: torch.Size
     strides: list[int]
-    is_channels_last: bool
-    converts: bool
+    converts: bool  # the input, to channels_last
     geometry: tuple
 
 
@@ -319,6 +318,7 @@ class Route(Learned):
     def __init__(self, name):
         super().__init__(name)
         self.steps = self.trail = None
+        self.refusal = None  # why the last layout that was asked for is none
         self.packed, self.layouts = {}, {}
 
     def cut(self, count):
@@ -352,7 +352,8 @@ class Route(Learned):
         if key not in self.layouts:
             if len(self.layouts) > 99:
                 self.layouts.clear()
-            self.layouts[key] = _layout(layer, input)
+            layout = _layout(layer, input)
+            self.refusal, self.layouts[key] = (layout, None) if isinstance(layout, str) else (None, layout)
         return self.layouts[key]
 
     def packed_for(self, chain, norm):
@@ -374,6 +375,8 @@ class Route(Learned):
         reason = why_not(layer)
         if reason is not None:
             return f"plain: {reason}"
+        if self.steps is None and self.refusal is not None:
+            return f"plain: {self.refusal}"
         if self.steps is None:
             return "watched" if self.calls else "may fuse"
         return "+".join(("convolution", *self.steps))
@@ -382,7 +385,7 @@ class Route(Learned):
         return sum(packed.bytes() for packed in self.packed.values())
 
     def converts(self):
-        """Whether inputs or outputs were converted to, or from, channels_last."""
+        """Whether an input was converted to channels_last."""
         return any(layout is not None and layout.converts for layout in self.layouts.values())
 
 
@@ -541,10 +544,14 @@ def _folded(layer, norm):
 
 
 def _layout(layer, input):
+    """The :class:`Layout`, or why oneDNN is not to compute the convolution."""
     geometry, shape, format = _geometry(layer), input.shape, _CHANNELS_LAST.get(input.dim())
-    is_taken = why_not(layer) is None and input.dim() == layer.weight.dim()
-    if not is_taken or shape[1] != layer.in_channels or not (input.is_contiguous() or _is_dense(input, format)):
-        return None
+    if (reason := why_not(layer)) is not None:
+        return reason
+    if input.dim() != layer.weight.dim() or shape[1] != layer.in_channels or input.numel() == 0:
+        return "an input of another shape"
+    if not input.is_contiguous() and not _is_dense(input, format):
+        return "an input with gaps"
     padding, output_padding = geometry[0], layer.output_padding
     axes = zip(shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation, output_padding, strict=True)
     if layer.transposed:
@@ -552,14 +559,16 @@ def _layout(layer, input):
     else:
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes]
     shape = torch.Size((shape[0], layer.out_channels, *sizes))
-    if min(shape) < 1 or input.numel() == 0:
-        return None
-    is_channels_last = _is_channels_last(input, format) or _is_channels_last(layer.weight, format)
-    strides, stride, last = [1] * len(shape), 1, range(len(shape) - 1, 1, -1)
-    for d in (1, *last, 0) if is_channels_last else (*last, 1, 0):
+    if min(shape) < 1:
+        return "an input smaller than the kernel"
+    if (input if layer.transposed else shape).numel() * layer.weight[0].numel() < LEAST_WORK:
+        return "too little work"
+    if not (_is_channels_last(input, format) or _is_channels_last(layer.weight, format)):
+        return "contiguous tensors; it is for model.to(memory_format=torch.channels_last)"  # oneDNN's are
+    strides, stride = [1] * len(shape), 1
+    for d in (1, *range(len(shape) - 1, 1, -1), 0):
         strides[d], stride = stride, stride * shape[d]
-    converts = not is_channels_last or not _is_dense(input, format)
-    return Layout(shape, strides, is_channels_last, converts, geometry)
+    return Layout(shape, strides, not _is_dense(input, format), geometry)
 
 
 def _geometry(layer):
