@@ -236,10 +236,15 @@ class Trail:
         holds = not torch.is_grad_enabled() and all(tensor._version == version for tensor, version in self.versions)
         return holds and not self.is_over and joins(self, step)
 
+    def end(self):
+        self.is_over = True
+        self.versions.clear()  # which keeps tensors
+
     def cut(self, count):
         """No more than ``count`` steps may be put off."""
-        self.steps, self.is_over = self.steps[:count], True
+        self.steps = self.steps[:count]
         self.learned.cut(count)
+        self.end()
 
     def learnt(self):
         """The steps before the first whose input somebody keeps."""
@@ -259,6 +264,9 @@ class Followed(Tensor):
 
     def let_go(self):
         self.trail.cut(self.count)
+        self.release()
+
+    def release(self):
         self.__class__ = Tensor
         del self.trail, self.count, self.is_used
 
@@ -268,29 +276,30 @@ class Followed(Tensor):
         with DisableTorchFunctionSubclass():
             if function in GEOMETRY or torch.compiler.is_compiling():
                 return function(*args, **kwargs)
-        tensors = [tensor for tensor in tree_leaves((args, kwargs)) if type(tensor) is cls]
+        tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls}.values()
         step = step_of(cls, function, args, kwargs)
-        is_first_use = len({id(tensor) for tensor in tensors if not tensor.is_used}) == len(tensors)
-        if step is None or not is_first_use or not step.input.trail.takes(step):
-            for tensor in dict.fromkeys(tensors):
+        is_first_use = step is not None and step.operand is not step.input and not any(t.is_used for t in tensors)
+        if not is_first_use or not step.input.trail.takes(step):
+            for tensor in tensors:
                 tensor.let_go()
             return function(*args, **kwargs)
         with DisableTorchFunctionSubclass():
             output = function(*args, **kwargs)
-        for tensor in tensors:
-            tensor.is_used = True
-            tensor.trail.steps += (step.name,)
-            tensor.trail.is_over = tensor is not step.input
         trail = step.input.trail
         if step.is_in_place:
             trail.outputs[-1] = _nobody
+        for tensor in tensors:
+            tensor.is_used = True
+            tensor.trail.steps += (step.name,)
+            if tensor is not step.input:  # what is added to it
+                tensor.trail.end()
         if step.name == ADDED and type(step.operand) is not cls and not step.operand.is_inference():
             trail.versions.append((step.operand, step.operand._version))
         if step.name in (NORMALIZED, ADDED):
             return cls.of(output, trail)
-        trail.is_over = True
+        trail.end()
         if type(output) is cls:  # changed in place
-            output.__class__ = Tensor
+            output.release()
         return output
 
 
@@ -348,13 +357,17 @@ class Route(Learned):
     def layout(self, layer, input):
         """None where oneDNN does not take the convolution."""
         weight, _ = _parameters_of(layer)
-        key = input.shape, input.stride(), input.dtype, weight.stride(), layer.padding, layer.stride, layer.dilation
-        if key not in self.layouts:
+        of_tensors = input.shape, input.stride(), input.dtype, weight.shape, weight.stride()
+        of_layer = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode, layer.output_padding
+        key = of_tensors, of_layer
+        layout = self.layouts.get(key, self)
+        if layout is self:  # not asked for before
+            layout = _layout(layer, input)
+            self.refusal, layout = (layout, None) if isinstance(layout, str) else (None, layout)
             if len(self.layouts) > 99:
                 self.layouts.clear()
-            layout = _layout(layer, input)
-            self.refusal, self.layouts[key] = (layout, None) if isinstance(layout, str) else (None, layout)
-        return self.layouts[key]
+            self.layouts[key] = layout
+        return layout
 
     def packed_for(self, chain, norm):
         """The weights, packed; anew where they are not what they were. None where oneDNN takes no such batch norm."""
@@ -400,7 +413,7 @@ def layout_for(layer, input):
         and input.is_cpu
         and input.dtype is weight.dtype
         and not weight.is_inference()
-        and (bias is None or bias.is_contiguous())
+        and (bias is None or (bias.is_contiguous() and bias.dtype is weight.dtype))
         and is_plain(layer)
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
@@ -430,9 +443,7 @@ def _unavailable(device_type, dtype):
         if dtype is torch.bfloat16 and not _ops._is_mkldnn_bf16_supported():
             return "oneDNN has no bfloat16 on this CPU"
         with torch.inference_mode(False), torch.no_grad():
-            input = (
-                torch.linspace(-1, 1, 128, dtype=dtype).view(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
-            )
+            input = torch.linspace(-1, 1, 128, dtype=dtype).view(1, 4, 4, 8).permute(0, 3, 1, 2)
             weight, geometry = torch.linspace(-1, 1, 64, dtype=dtype).view(8, 8, 1, 1), ((0, 0), (1, 1), (1, 1), 1)
             expected = F.relu(F.conv2d(input, weight) + input)
             packed = _ops._reorder_convolution_weight(weight, *geometry, [1, 8, 4, 4]), None, *geometry
@@ -548,17 +559,22 @@ def _layout(layer, input):
     geometry, shape, format = _geometry(layer), input.shape, _CHANNELS_LAST.get(input.dim())
     if (reason := why_not(layer)) is not None:
         return reason
-    if input.dim() != layer.weight.dim() or shape[1] != layer.in_channels or input.numel() == 0:
+    channels, of_a_group, *kernel = layer.weight.shape
+    if layer.transposed:
+        in_channels, channels = channels, of_a_group * layer.groups
+    else:
+        in_channels = of_a_group * layer.groups
+    if input.dim() != layer.weight.dim() or shape[1] != in_channels or input.numel() == 0:
         return "an input of another shape"
     if not input.is_contiguous() and not _is_dense(input, format):
         return "an input with gaps"
     padding, output_padding = geometry[0], layer.output_padding
-    axes = zip(shape[2:], layer.kernel_size, layer.stride, padding, layer.dilation, output_padding, strict=True)
+    axes = zip(shape[2:], kernel, layer.stride, padding, layer.dilation, output_padding, strict=True)
     if layer.transposed:
         sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes]
     else:
         sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes]
-    shape = torch.Size((shape[0], layer.out_channels, *sizes))
+    shape = torch.Size((shape[0], channels, *sizes))
     if min(shape) < 1:
         return "an input smaller than the kernel"
     if (input if layer.transposed else shape).numel() * layer.weight[0].numel() < LEAST_WORK:

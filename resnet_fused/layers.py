@@ -71,10 +71,13 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
         learned = self._learned
         if is_compiling():
             note_compiled(learned.number)
-        if type(input) is Chained and is_plain(self) and self.plain_class.forward is _FORWARD:
-            norm, training = batch_norm_of(self)
-            output = None if training else input.tail.take(Step(NORMALIZED, input, norm))
-            return super().forward(input) if output is None else output
+        if type(input) is Chained:
+            if is_plain(self) and self.plain_class.forward is _FORWARD:
+                norm, training = batch_norm_of(self)
+                output = None if training else input.tail.take(Step(NORMALIZED, input, norm))
+                if output is not None:
+                    return output
+            input = input.tail.make()
         ops = ops_for(input)
         if ops is None or not self._may_defer(input):
             return super().forward(input)

@@ -51,6 +51,7 @@ CALLS = "resnet_fused/calls.py"
 DEFERRED = "resnet_fused/deferred.py"
 LAYERS = "resnet_fused/layers.py"
 FUSING = "resnet_fused/fusing.py"
+INFERENCE = "resnet_fused/inference.py"
 RECOMPUTE = "resnet_fused/recompute.py"
 
 FAULTS = [
@@ -246,6 +247,38 @@ FAULTS = [
     Fault("swapped before filter_fn has agreed to all", FUSING, "            swaps[module] = name, swapped\n", "            swaps[module] = name, swapped\n            set_class(module, swapped)\n", "fusing"),
     Fault("example inputs in training", FUSING, "model.eval()(*(inputs", "model(*(inputs", "fusing"),
     Fault("modes lost by example inputs", FUSING, "                module.training = training\n", "                pass\n", "fusing"),
+    Fault("inference: changed before it is used", INFERENCE, "            if tensor._version != version:", "            if False:", "inference"),
+    Fault("inference: residual changed before it is used", INFERENCE, "versions = *versions, (residual, residual._version)", "pass", "inference"),
+    Fault("inference: changed in the watched call", INFERENCE, "for tensor in (input, *parameters)", "for tensor in ()", "inference"),
+    Fault("inference: activations kept by the watched call", INFERENCE, "        self.versions.clear()  # which", "        pass  # which", "inference"),
+    Fault("inference: output that is kept", INFERENCE, "self.steps[: min(kept, default=None)]", "self.steps", "inference"),
+    Fault("inference: other uses forgotten", INFERENCE, "            self.learned.cut(len(self.steps))\n", "            pass\n", "inference"),
+    Fault("inference: gradients from a later step on", INFERENCE, "or known[count] != name or torch.is_grad_enabled():", "or known[count] != name:", "inference"),
+    Fault("inference: another step than seen", INFERENCE, "or known[count] != name or", "or", "inference"),
+    Fault("inference: old name of what a step changed in place", INFERENCE, "            input.tail = chain\n", "            pass\n", "inference"),
+    Fault("inference: residual's tensor overwritten", INFERENCE, "_ops._convolution_pointwise.binary(self.input, residual, *arguments)", "_ops._convolution_pointwise_.binary(residual, self.input, *arguments)", "inference"),
+    Fault("inference: a shortcut's output overwritten that is used again", INFERENCE, "binary(residual._run(), self.input", "binary(residual.make(), self.input", "inference"),
+    Fault("inference: stale address", INFERENCE, "            and [tensor.data_ptr() for tensor in sources if tensor is not None] == self.addresses\n", "", "inference"),
+    Fault("inference: stale vectors", INFERENCE, "            and [vector.raw for vector in self.vectors] == self.contents\n", "", "inference"),
+    Fault("inference: stale weight", INFERENCE, "            and torch.equal(self.sample, self.sampled)\n", "", "inference"),
+    Fault("inference: stale version", INFERENCE, "            and sources[0]._version == self.version\n", "", "inference"),
+    Fault("inference: stale eps", INFERENCE, "            and (norm is None or norm.eps == self.eps)\n", "", "inference"),
+    Fault("inference: stale geometry", INFERENCE, "            and geometry == self.geometry\n", "", "inference"),
+    Fault("inference: one channel looked at", INFERENCE, "outputs = [(sizes[0], strides[0])]", "outputs = [(1, strides[0])]", "inference"),
+    Fault("inference: packed weights kept in training", LAYERS, "        if mode:\n            self._learned.packed.clear()\n", "", "inference"),
+    Fault("inference: packed weights kept by casts", LAYERS, "# moves and casts\n        self._learned.packed.clear()\n", "# moves and casts\n", "inference"),
+    Fault("inference: packed weights pile up", INFERENCE, "            if len(self.packed) > 3:", "            if False:", "inference"),
+    Fault("inference: residual of another shape", INFERENCE, "is_tensor and residual.shape == tail.shape and", "is_tensor and", "inference"),
+    Fault("inference: residual of another type", INFERENCE, " and residual.dtype is tail.dtype", "", "inference"),
+    Fault("inference: any activation after a sum", INFERENCE, 'step.name == "relu" or ADDED not in tail.steps', "True", "inference"),
+    Fault("inference: tensors without versions", INFERENCE, "    if not tensor.is_inference():\n        return tensor\n", "    return tensor\n", "inference"),
+    Fault("inference: autocast", INFERENCE, '        and not torch.is_autocast_enabled("cpu")\n', "", "inference"),
+    Fault("inference: oneDNN switched off", INFERENCE, "        and torch._C._get_mkldnn_enabled()\n", "", "inference"),
+    Fault("inference: a convolution's hooks", INFERENCE, "        and is_plain(layer)\n", "", "inference"),
+    Fault("inference: a batch norm's hooks", LAYERS, "            if is_plain(self) and self.plain_class.forward is _FORWARD:", "            if True:", "inference"),
+    Fault("inference: contiguous models converted", INFERENCE, "if not (_is_channels_last(input, format) or _is_channels_last(layer.weight, format)):", "if False:", "inference"),
+    Fault("inference: uneven padding", INFERENCE, "        if padding != tuple(sides[::-2]):", "        if False:", "inference"),
+    Fault("inference: blocks bypassed", BLOCKS, " or self._infers(X):", ":", "inference"),
     Fault("hooks on a block's batch norms bypassed", BLOCKS, "return is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)", "return True", "blocks"),
     Fault("operators in a compiled graph", BACKEND, "        is_compiling()\n", "        False\n", "watchers"),
     Fault("operators under a dispatch mode", BACKEND, "        or _len_torch_dispatch_stack()\n", "", "watchers"),
