@@ -95,7 +95,7 @@ class Report:
 
     def __str__(self):
         fused = self.fused
-        lines = [] if fused or self.unfused else ["nothing was changed"]
+        lines = [] if fused or self.unfused or self._convolutions else ["nothing was changed"]
         title_of_fused = f"fused {sum(len(module.batch_norms) for module in fused)} batch norms:"
         for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), ("left:", self.left)):
             lines += [title] if modules else []

@@ -257,7 +257,7 @@ FAULTS = [
     Fault("inference: another step than seen", INFERENCE, "or known[count] != name or", "or", "inference"),
     Fault("inference: old name of what a step changed in place", INFERENCE, "            input.tail = chain\n", "            pass\n", "inference"),
     Fault("inference: residual's tensor overwritten", INFERENCE, "_ops._convolution_pointwise.binary(self.input, residual, *arguments)", "_ops._convolution_pointwise_.binary(residual, self.input, *arguments)", "inference"),
-    Fault("inference: a shortcut's output overwritten that is used again", INFERENCE, "binary(residual._run(), self.input", "binary(residual.make(), self.input", "inference"),
+    Fault("inference: a shortcut's output overwritten that is used again", INFERENCE, "binary(residual._run(), self.input", "binary(setattr(residual, 'output', residual._run()) or residual.output, self.input", "inference"),
     Fault("inference: stale address", INFERENCE, "            and [tensor.data_ptr() for tensor in sources if tensor is not None] == self.addresses\n", "", "inference"),
     Fault("inference: stale vectors", INFERENCE, "            and [vector.raw for vector in self.vectors] == self.contents\n", "", "inference"),
     Fault("inference: stale weight", INFERENCE, "            and torch.equal(self.sample, self.sampled)\n", "", "inference"),
