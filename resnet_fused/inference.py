@@ -29,8 +29,8 @@ _CPU = torch.device("cpu")
 _TENSORS = (Tensor, nn.Parameter)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMALIZED, ADDED = "batch norm", "add"
-# Multiplications: below, oneDNN's call takes longer on the host (35 us) than the plain convolution takes at all.
-LEAST_WORK = 2**20
+# Multiplications, 150 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
+LEAST_WORK = 2**23
 
 
 # Steps

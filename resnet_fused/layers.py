@@ -126,9 +126,11 @@ class Inferring(Swapped):
     def forward(self, input, *args, **kwargs):
         if is_compiling() or args or kwargs:
             return super().forward(input, *args, **kwargs)
-        input, learned = as_plain(input), self._learned
+        learned = self._learned
+        if type(input) is not Tensor:
+            input = as_plain(input)
         layout = layout_for(self, input)
-        if layout is not None and not learned.is_watching():
+        if layout is not None and (learned.steps is not None or not learned.is_watching()):
             return learned.put_off(self, input, layout)
         output = super().forward(input)
         return output if layout is None else learned.watch(self, input, output)
