@@ -44,7 +44,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.resnet18 --json $(RESULTS)/resnet18.json --plot $(RESULTS)/resnet18.png
 	$(BIN)/python -m benchmarks.resnet18 --no-mallopt --providers fused --json $(RESULTS)/resnet18-no-mallopt.json
 	$(BIN)/python -m benchmarks.models --json $(RESULTS)/models.json --plot $(RESULTS)/models.png
-	$(BIN)/python -m benchmarks.inference --json $(RESULTS)/inference.json --plot $(RESULTS)/inference.png
+	$(BIN)/python -m benchmarks.inference --sizes 224 --batch-sizes 1,8 --json $(RESULTS)/inference.json --plot $(RESULTS)/inference.png
 	$(BIN)/python -m benchmarks.shares --json $(RESULTS)/shares.json
 	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(BIN)/python -m benchmarks.train --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
