@@ -43,10 +43,14 @@ class Global {
   __device__ __forceinline__ Value load_fresh(int64_t i) const { return __ldcg(elements_ + i); }
   __device__ __forceinline__ void store(int64_t i, Value value) const { elements_[i] = value; }
 
-  // Elements i to i + n - 1 in one access. They must be aligned as a Vector is.
+  // Elements i to i + n - 1 in one access. They must be aligned as a Vector is, and written by nothing meanwhile.
   template <int n>
   __device__ __forceinline__ Vector<Value, n> load_vector(int64_t i) const {
-    return *reinterpret_cast<const Vector<Value, n>*>(elements_ + i);
+    const auto* vector = reinterpret_cast<const Vector<Value, n>*>(elements_ + i);
+    if constexpr (sizeof(Vector<Value, n>) != sizeof(uint4)) return *vector;
+    // Of a plain load nvcc makes four, one of them conditional, where a value may go unused (for sm_100 and sm_120).
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(vector));
+    return reinterpret_cast<const Vector<Value, n>&>(bits);
   }
   template <int n>
   __device__ __forceinline__ void store_vector(int64_t i, const Vector<Value, n>& values) const {
