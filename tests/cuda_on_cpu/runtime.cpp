@@ -69,7 +69,7 @@ thread_local uint64_t call = 0;
 
 template <typename F>
 void for_each_allocation(F f) {
-  for (auto next = memory.begin(); next != memory.end();) f((next++)->second);
+  for (auto& [end, allocation] : memory) f(allocation);
 }
 
 }  // namespace
@@ -167,11 +167,13 @@ void Graph::replay() {
 
 Graph::~Graph() {
   const std::lock_guard<std::recursive_mutex> lock(mutex());
+  std::vector<Allocation*> freed;  // not kept at once: that erases others
   for_each_allocation([&](Allocation& allocation) {
     if (allocation.lane.graph != id_) return;
     allocation.lane.graph = 0;
-    if (allocation.is_freed) keep(allocation);
+    if (allocation.is_freed) freed.push_back(&allocation);
   });
+  for (Allocation* allocation : freed) keep(*allocation);
 }
 
 // ---- Memory ----
