@@ -5,6 +5,7 @@ the first layout.
 """
 
 import functools
+import inspect
 
 import torch
 
@@ -24,7 +25,9 @@ def make_model(name):
         return timm.create_model(name.removeprefix("timm/"), num_classes=10)
     import torchvision
 
-    return torchvision.models.get_model(name, weights=None, num_classes=10)
+    builder = torchvision.models.get_model_builder(name)
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    return builder(weights=None, num_classes=10, **backbone)
 
 
 def make_fused(name, options):

@@ -72,6 +72,13 @@ def batch_norm_of(layer):
     return BatchNorm(running_mean, running_var, weight, bias, momentum, layer.eps, counter), uses_batch
 
 
+def normalizing(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    """What a call of F.batch_norm is handed, as :func:`batch_norm_of` says it; None where it would raise."""
+    if running_mean is None and not training:
+        return None
+    return BatchNorm(running_mean, running_var, weight, bias, momentum, eps), training
+
+
 def call_tail(bn, convolved, residual=None):
     """``relu(bn(input))`` or ``relu(bn(input) + residual)``, of what is :class:`Convolved`; unfused where refused."""
     output = _attempt(bn, *convolved, *residual or (None, None))

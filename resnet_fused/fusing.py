@@ -1,7 +1,7 @@
 """Swap the layers of any model, in place, and back, and tell what becomes of each batch norm."""
 
 import contextlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +14,31 @@ from .blocks import FusedResidual, Residual
 from .calls import is_plain
 from .deferred import Learned
 from .inference import Route
-from .layers import DEFERRING, INFERRING, RECOMPUTING, Deferring, Inferring, set_class, swapped_class
+from .layers import (
+    Deferring,
+    Inferring,
+    deferring,
+    inferring,
+    is_batch_norm,
+    recomputing_inputs,
+    set_class,
+    swapped_class,
+)
 
 _FORWARD_OF_RESIDUAL = Residual.forward
 _TAILS = {"bn1": "relu", "bn2": "add+relu"}  # of a FusedResidual
+
+# What one could do about a batch norm that is plain, by how the reason begins.
+_ADVICE = {
+    "its output went to": "only a ReLU, or a sum of two tensors and then a ReLU, is fused with it",
+    "its output was not seen": "only a ReLU, or a sum of two tensors and then a ReLU, is fused with it",
+    "its output is kept": "let go of it, a clone of it does as well",
+    "its statistics were read": "read them, or call it again, when its output has been used",
+    "a hook": "remove it",
+    "under torch.compile": "call the model itself",
+    "the operator takes less": "have input, residual and parameters of one type, or of float32 parameters",
+    "a SyncBatchNorm": "a BatchNorm2d would be fused",
+}
 
 # Of a module: its name, its class, and the batch norms among its children that are fused, or why others are not.
 Fused = namedtuple("Fused", ("name", "class_name", "batch_norms"))
@@ -94,14 +115,17 @@ class Report:
         return [Left(*parent, f"{', '.join(children)}: {reason}") for (*parent, reason), children in left]
 
     def __str__(self):
-        fused = self.fused
+        fused, left = self.fused, self.left
         lines = [] if fused or self.unfused or self._convolutions else ["nothing was changed"]
-        title_of_fused = f"fused {sum(len(module.batch_norms) for module in fused)} batch norms:"
-        for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), ("left:", self.left)):
+        reasons = Counter(state[7:] for state in self.layers.values() if state.startswith("plain: "))
+        counts = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        title_of_fused = f"fused {len(self.layers) - reasons.total()} of {len(self.layers)} batch norms:"
+        title_of_left = f"{reasons.total()} plain: {counts}:"
+        for title, modules in ((title_of_fused, fused), ("unfused:", self.unfused), (title_of_left, left)):
             lines += [title] if modules else []
             for name, class_name, details in modules:
                 details = details if isinstance(details, str) else ", ".join(details)
-                lines.append(f"  {name or 'the model'} ({class_name}): {details}")
+                lines.append(f"  {name or 'the model'} ({class_name}): {details}{_advice(details)}")
         return "\n".join(lines + self._lines_of_inference())
 
     def _lines_of_inference(self):
@@ -120,6 +144,11 @@ class Report:
         dicts = {title: [m._asdict() for m in of_title] for title, of_title in modules.items()}
         inference = {"inference": self.inference, "packed_bytes": self.packed_bytes} if self._convolutions else {}
         return dicts | {"layers": self.layers} | inference
+
+
+def _advice(details):
+    reason = details.partition(": ")[2]
+    return next((f"; {advice}" for start, advice in _ADVICE.items() if reason.startswith(start)), "")
 
 
 def _grouped(entries):
@@ -163,11 +192,11 @@ def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, exam
     Raises:
         TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
     """
-    tables = [DEFERRING] + memory_efficient * [RECOMPUTING] + inference * [INFERRING]
+    kinds = [deferring] + memory_efficient * [recomputing_inputs] + inference * [inferring]
     swaps, entries, in_blocks = {}, [], {}
     for name, module in _named_modules(model):
         is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL
-        swapped = FusedResidual if is_residual else None if module in in_blocks else swapped_class(module, *tables)
+        swapped = FusedResidual if is_residual else None if module in in_blocks else swapped_class(module, *kinds)
         is_wanted = swapped is None or filter_fn is None or filter_fn(module, name)
         if swapped is not None and is_wanted:
             swaps[module] = name, swapped
@@ -199,14 +228,8 @@ def _watch(model, inputs):
                 module.training = training
 
 
-def is_batch_norm(module):
-    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class."""
-    name = getattr(module, "original_name", module.__class__.__name__)  # original_name: of a scripted module
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
-
-
 def _reason_to_leave(batch_norm):
-    if batch_norm.__class__ in DEFERRING:
+    if deferring(batch_norm):
         return None
     is_lazy = isinstance(batch_norm, nn.modules.lazy.LazyModuleMixin)
     return "it is lazy: run one batch first" if is_lazy else f"a {batch_norm.__class__.__name__}"

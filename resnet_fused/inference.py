@@ -20,9 +20,8 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_leaves
 
 from .backend import ops_for
-from .calls import is_plain
-from .deferred import ADDS_IN_PLACE, GEOMETRY, RELUS, RELUS_IN_PLACE, Deferred, Learned, _made, adds
-from .ops import BatchNorm
+from .calls import is_plain, normalizing
+from .deferred import ADDS_IN_PLACE, RELUS, RELUS_IN_PLACE, Deferred, Learned, Traced, _made, adds
 
 _ops = torch.ops.mkldnn
 _CPU = torch.device("cpu")
@@ -63,8 +62,9 @@ def _gelu(input, *, approximate="none"):
     return Step("gelu", input, ([], approximate))
 
 
-def _batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    return None if training else Step(NORMALIZED, input, BatchNorm(running_mean, running_var, weight, bias, 0.0, eps))
+def _batch_norm(input, *args, **kwargs):
+    norm, training = normalizing(input, *args, **kwargs) or (None, True)
+    return None if training else Step(NORMALIZED, input, norm)
 
 
 _STEPS = dict.fromkeys(RELUS - RELUS_IN_PLACE, _activation("relu")) | dict.fromkeys(RELUS_IN_PLACE, _relu_in_place)
@@ -205,11 +205,7 @@ class Chained(Deferred):
         return self
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function in GEOMETRY:
-            with DisableTorchFunctionSubclass():
-                return function(*args, **kwargs)
+    def asked(cls, function, types, args, kwargs):
         step = step_of(cls, function, args, kwargs)
         output = None if step is None else step.input.tail.take(step)
         if output is None:
@@ -252,7 +248,7 @@ class Trail:
         return self.steps[: min(kept, default=None)]
 
 
-class Followed(Tensor):
+class Followed(Traced):
     """A convolution's real output, or what has become of it, on its trail."""
 
     @staticmethod
@@ -271,11 +267,7 @@ class Followed(Tensor):
         del self.trail, self.count, self.is_used
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        with DisableTorchFunctionSubclass():
-            if function in GEOMETRY or torch.compiler.is_compiling():
-                return function(*args, **kwargs)
+    def asked(cls, function, types, args, kwargs):
         tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls}.values()
         step = step_of(cls, function, args, kwargs)
         is_first_use = step is not None and step.operand is not step.input and not any(t.is_used for t in tensors)

@@ -1,21 +1,24 @@
 """The layers that ``fuse`` swaps in: they pass for the plain ones, and do what these do, or later and at once."""
 
 import copy
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backend import ops_for
-from .calls import CONVOLUTIONS, batch_norm_of, is_plain
-from .deferred import Call, Seen, Watched, defer, note_compiled, settle, under
-from .inference import NORMALIZED, Chained, Step, as_plain, layout_for
+from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
+from .deferred import Traced, is_per_channel, note_compiled, settle
+from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
+from .ops import BatchNorm
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
 _FORWARD, _BATCH_NORM = nn.modules.batchnorm._BatchNorm.forward, F.batch_norm
+MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 
 
 class Swapped(nn.Module):
@@ -50,8 +53,9 @@ def _buffer(name):
     return property(get, lambda self, value: vars(self).update({name: value}))
 
 
-class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
-    """A batch norm that puts its output off, once it has been seen where that goes."""
+class Deferring(Swapped):
+    """A batch norm that puts its output off, once it has been seen where that goes. A class with a forward of its own
+    runs it, and what that forward computes of its input is put off."""
 
     running_mean, running_var, num_batches_tracked = map(
         _buffer, ("running_mean", "running_var", "num_batches_tracked")
@@ -71,47 +75,109 @@ class Deferring(Swapped, nn.modules.batchnorm._BatchNorm):
         learned = self._learned
         if is_compiling():
             note_compiled(learned.number)
-        if type(input) is Chained:
-            if is_plain(self) and self.plain_class.forward is _FORWARD:
-                norm, training = batch_norm_of(self)
-                output = None if training else input.tail.take(Step(NORMALIZED, input, norm))
-                if output is not None:
-                    return output
-            input = input.tail.make()
+        is_torchs = self.plain_class.forward is _FORWARD and F.batch_norm is _BATCH_NORM
+        if type(input) in (Chained, Followed):
+            return self._of_convolution(input, is_torchs)
         ops = ops_for(input)
         if ops is None or not self._may_defer(input):
             return super().forward(input)
-        if learned.decide():
-            if input.is_cpu and not self.training and not torch.is_grad_enabled():
-                # The operator wins nothing there in a network: the next convolution reads a colder tensor (0.96 to 1.04
-                # of eager's speed on three CPUs).
-                return super().forward(input)
+        if is_torchs:
             self._check_input_dim(input)
-            try:
-                call = Call(learned, input, *batch_norm_of(self), ops)
-            except RuntimeError:  # of tensors made in inference mode, which count no versions
-                return super().forward(input)
-            return defer(call)
-        token, output = learned.token(), super().forward(input)
-        if token is not None and output.requires_grad:
-            output.register_hook(token)
-        if learned.rectified or learned.reason:
-            return output
-        learned.calls += 1
-        if learned.calls > 2:
-            learned.refuse("its output was not seen to go to a ReLU")
-        return Watched.of(output, [Seen(learned, under(input), ((input, input._version),))])
+            return learned.call(input, ops, self.training, super().forward, partial(batch_norm_of, self))
+        offered = Offered.of(input, learned, ops)
+        output = super().forward(offered)
+        if not offered.is_normalized:
+            learned.refuse("its forward has no batch norm of the input, or one of another type")
+        return input if output is offered else output
+
+    def _of_convolution(self, input, is_torchs):
+        """Of what tells a batch norm from other calls by itself."""
+        if type(input) is Chained and not is_plain(self):  # hooks
+            return super().forward(input.tail.make())
+        if type(input) is Chained and is_torchs:
+            norm, training = batch_norm_of(self)
+            output = None if training else input.tail.take(Step(NORMALIZED, input, norm))
+            if output is not None:
+                return output
+        if not is_torchs and is_frozen(self) and self.weight.dtype is input.dtype:  # else it promotes
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
 
     def _may_defer(self, input):
         return (
             type(input) is Tensor
             and not input.is_inference()
             and is_plain(self)
-            and self.plain_class.forward is _FORWARD
-            and F.batch_norm is _BATCH_NORM
             and has_strides_of_output(input)
             and not (self.training and input.numel() == input.shape[1])
         )
+
+
+class Offered(Traced):
+    """The input of a batch norm whose class has a forward of its own, for that to take: the first thing it computes of
+    it, if that is a batch norm, also one of constant statistics written as ``input * scale + bias``, may be put off."""
+
+    @staticmethod
+    def of(input, learned, ops):
+        self = input.as_subclass(Offered)
+        self.input, self.learned, self.ops, self.is_normalized = input, learned, ops, False
+        return self
+
+    @classmethod
+    def asked(cls, function, types, args, kwargs):
+        offered = next(tensor for tensor in tree_leaves((args, kwargs)) if type(tensor) is cls)
+        if function is _BATCH_NORM:
+            batch_norm = normalizing(*args, **kwargs)
+        elif function in MULTIPLICATIONS and len(args) == 2 and not kwargs:
+            batch_norm = _scaling(*args)
+        else:
+            batch_norm = None
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor.input, (args, kwargs))
+        if batch_norm is None:
+            return function(*args, **kwargs)
+        offered.is_normalized = True
+        plain = lambda _: function(*args, **kwargs)  # noqa: E731
+        return offered.learned.call(offered.input, offered.ops, batch_norm[1], plain, lambda: batch_norm)
+
+
+def _scaling(a, b):
+    """``input * scale`` as a batch norm and whether it is of the batch's statistics; None where it is none."""
+    input, scale = (a, b) if type(a) is Offered else (b, a)
+    if not is_per_channel(scale, input):
+        return None
+    is_captured = scale.is_cuda and torch.cuda.is_current_stream_capturing()  # then its memory is the graph's
+    mean, var = (_constants.__wrapped__ if is_captured else _constants)(scale.numel(), scale.dtype, scale.device)
+    return BatchNorm(mean, var, scale.flatten(), None, 0.0, 0.0), False
+
+
+@cache
+def _constants(channels, dtype, device):
+    with torch.inference_mode(False):
+        zeros = torch.zeros(channels, dtype=dtype, device=device)
+        return zeros, torch.ones_like(zeros)
+
+
+def is_frozen(layer):
+    """Whether the layer is a batch norm of constant statistics, its four vectors buffers of the usual names. It is
+    tried, in float64: classes of one name have had other formulas."""
+    known, forward = layer._learned.frozen, layer.plain_class.forward
+    if forward not in known:
+        known[forward] = not layer._parameters and is_plain(layer) and _computes_batch_norm(layer)
+    return known[forward]
+
+
+def _computes_batch_norm(layer):
+    probe, generator = copy.deepcopy(layer), torch.Generator().manual_seed(0)
+    set_class(probe, layer.plain_class)
+    try:
+        vectors = [getattr(probe.double(), name) for name in ("running_mean", "running_var", "weight", "bias")]
+        for vector in vectors:
+            vector.uniform_(1e-3, 1, generator=generator)
+        input = torch.rand(2, len(vectors[0]), 3, 3, generator=generator, dtype=torch.float64, device="cpu")
+        torch.testing.assert_close(probe(input), F.batch_norm(input, *vectors, eps=probe.eps), rtol=1e-9, atol=1e-9)
+    except (AttributeError, TypeError, RuntimeError, AssertionError):
+        return False
+    return True
 
 
 def has_strides_of_output(input):
@@ -165,16 +231,35 @@ def _torch_classes(*names, dimensions=(1, 2, 3)):
     return [getattr(nn, f"{name}{n}d") for name in names for n in dimensions]
 
 
-DEFERRING = dict.fromkeys(_torch_classes("BatchNorm"), Deferring)
-RECOMPUTING = dict.fromkeys(CONVOLUTIONS, RecomputingConvolution)
-RECOMPUTING |= dict.fromkeys(_torch_classes("ConvTranspose", "MaxPool"), Recomputing)
-INFERRING = dict.fromkeys(_torch_classes("Conv", "ConvTranspose", dimensions=(2, 3)), Inferring)  # oneDNN's
+_RECOMPUTING = dict.fromkeys(CONVOLUTIONS, RecomputingConvolution)
+_RECOMPUTING |= dict.fromkeys(_torch_classes("ConvTranspose", "MaxPool"), Recomputing)
+_INFERRING = dict.fromkeys(_torch_classes("Conv", "ConvTranspose", dimensions=(2, 3)), Inferring)  # oneDNN's
+_LEFT = nn.SyncBatchNorm, nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule
 
 
-def swapped_class(layer, *tables):
-    """The class of ours for the layer, by the tables, beside what it does already; None where there is none."""
-    found = [table.get(layer.__class__) for table in (INFERRING, RECOMPUTING, DEFERRING)]
-    wanted = [table.get(layer.__class__) for table in tables]
+def is_batch_norm(module):
+    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class."""
+    name = getattr(module, "original_name", module.__class__.__name__)  # original_name: of a scripted module
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+
+
+# The class for a layer, or None.
+def deferring(layer):
+    return Deferring if is_batch_norm(layer) and not isinstance(layer, _LEFT) else None
+
+
+def recomputing_inputs(layer):
+    return _RECOMPUTING.get(layer.__class__)
+
+
+def inferring(layer):
+    return _INFERRING.get(layer.__class__)
+
+
+def swapped_class(layer, *kinds):
+    """The class of ours for the layer, of the kinds, beside what it does already; None where there is none."""
+    found = [kind(layer) for kind in (inferring, recomputing_inputs, deferring)]
+    wanted = [kind(layer) for kind in kinds]
     bases = [base for base in found if base is not None and (base in wanted or issubclass(type(layer), base))]
     return _swapped(layer.__class__, *bases) if bases else None
 

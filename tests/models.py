@@ -14,7 +14,7 @@ def prepared(model):
     """In float64, with batch norms worth the name."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias, std=0.3)
     return model.double()

@@ -93,6 +93,19 @@ def test_benchmark_without_times_writes_its_results(name, key, tmp_path):
     assert {"eager", "fused"} == {result["provider"] for result in written[key]}
 
 
+def test_the_reach_benchmark_counts_what_a_relu_follows_and_what_is_fused(tmp_path):
+    results, table = tmp_path / "reach.json", tmp_path / "reach.md"
+    models = ["resnet18", "mobilenet_v3_large", "timm/repvgg_a0"]
+    importlib.import_module("benchmarks.reach").main(
+        ["--models", *models, "--image-size", "64", "--json", str(results), "--markdown", str(table)]
+    )
+    rows = json.loads(results.read_text())["rows"]
+    counts = [(row["batch_norms"], row["followed_by_relu"], row["fused_of_those"]) for row in rows]
+    assert counts == [(20, 20, 20), (46, 11, 11), (61, 27, 10)]
+    assert rows[2]["reasons"] == {"plain: its output went to add_": 17}
+    assert "| resnet18 | 20 | 20 | 20 |" in table.read_text()
+
+
 NCU = """#!/bin/sh
 echo '==PROF== Connected to process 1'
 echo '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'

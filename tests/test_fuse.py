@@ -359,7 +359,7 @@ FORWARDS = {  # and what the batch norms do afterwards: a state, or the beginnin
     two_batch_norms_without_statistics: {"bn1": ADD, "bn2": ADD},
     two_batch_norms_in_modes_of_their_own: {"bn1": ADD, "bn2": ""},
     second_of_two_used_again: {"bn1": ADD, "bn2": "plain: its output went to mul"},
-    two_batch_norms_and_a_tensor: {"bn1": "plain: ", "bn2": "plain: "},
+    two_batch_norms_and_a_tensor: {"bn1": "add+relu", "bn2": "plain: "},
     in_another_thread: BLOCK,
 }
 
@@ -709,4 +709,9 @@ def test_inference_mode_sees_every_change_in_place():
     with torch.inference_mode():
         assert_equal(fused(make_input()), plain(make_input()))
         plain.function = fused.function = forward
+        assert_equal(fused(make_input()), plain(make_input()))
+        weight = nn.Parameter(torch.rand(6, dtype=torch.float64), requires_grad=False)
+    for twin in (plain, fused):
+        twin.bn1.weight = weight
+    with torch.no_grad():
         assert_equal(fused(make_input()), plain(make_input()))

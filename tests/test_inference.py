@@ -15,6 +15,7 @@ import torch.nn.utils.prune
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.autograd.profiler import profile
+from torchvision.ops import FrozenBatchNorm2d
 
 from resnet_fused import Residual, fuse, inference, resnet18, unfuse, unfused, use_backend
 
@@ -50,10 +51,10 @@ def ready(model, dtype=torch.float32, memory_format=torch.channels_last):
     """In eval, with statistics and affine parameters worth the name."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d)):
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.normal_(module.running_mean, std=0.3)
-            if module.affine:
+            if module.weight is not None:
                 nn.init.uniform_(module.weight, -1.5, 1.5)
                 nn.init.normal_(module.bias, std=0.3)
     return in_format(model.to(dtype), memory_format).eval()
@@ -134,6 +135,8 @@ TAILS = {
     "two": lambda: Sum(conv_bn(), conv_bn(), nn.ReLU()),
     "two without batch norms": lambda: Sum(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1), nn.ReLU()),
     "timm's batch norm": lambda: nn.Sequential(nn.Conv2d(6, 6, 3), BatchNormAct2d(6)),
+    "timm's batch norm, addition": lambda: Sum(nn.Sequential(nn.Conv2d(6, 6, 1), BatchNormAct2d(6, apply_act=False))),
+    "frozen batch norm": lambda: nn.Sequential(nn.Conv2d(6, 6, 3), FrozenBatchNorm2d(6), nn.ReLU()),
 }
 ACTIVATIONS = [
     nn.ReLU(),
@@ -168,6 +171,27 @@ def test_what_onednn_has_not_is_left_to_pytorch(memory_format):
         input = make_input(memory_format=memory_format)
         plain, fused = twins(ready(tail, memory_format=memory_format), input)
         assert_close(fused(input), plain(input))
+
+
+class FrozenBatchNormByDeviation(FrozenBatchNorm2d):
+    def forward(self, x):
+        scale = self.weight / (self.running_var.sqrt() + self.eps)
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+def test_frozen_batch_norms_of_another_formula_or_type_are_left_to_themselves():
+    other, input = ready(nn.Sequential(nn.Conv2d(6, 6, 3), FrozenBatchNormByDeviation(6), nn.ReLU())), make_input()
+    other[1].eps = 0.3
+    plain, fused = twins(other, input)
+    assert_close(fused(input), plain(input))
+    promoting, input = ready(nn.Sequential(nn.Conv2d(6, 6, 3), FrozenBatchNorm2d(6), nn.ReLU())), input.bfloat16()
+    promoting[0].bfloat16()
+    plain, fused = twins(promoting, input)
+    assert fused(input).dtype == plain(input).dtype == torch.float32
+    assert_close(fused(input), plain(input))
+    for model in (other, promoting):
+        _, fused = twins(model, input.to(model[0].weight.dtype))
+        assert vars(fused)["report"].inference == {"0": "convolution"}
 
 
 CONVOLUTIONS = {
