@@ -444,13 +444,9 @@ class Learned:
     def error(self, what):
         return RuntimeError(f"{self.name}, {self.kind} that fuse put off: {what}; leave it out by filter_fn, or unfuse")
 
-    def call(self, input, ops, training, plain, batch_norm):
+    def call(self, input, ops, plain, batch_norm):
         """``plain(input)``, watched, or put off. ``batch_norm()``: what it is of the input, and by which statistics."""
         if self.decide():
-            if input.is_cpu and not training and not torch.is_grad_enabled():
-                # The operator wins nothing there in a network: the next convolution reads a colder tensor (0.96 to 1.04
-                # of eager's speed on three CPUs).
-                return plain(input)
             try:
                 call = Call(self, input, *batch_norm(), ops)
             except RuntimeError:  # of tensors made in inference mode, which count no versions

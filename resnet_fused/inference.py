@@ -28,8 +28,9 @@ _CPU = torch.device("cpu")
 _TENSORS = (Tensor, nn.Parameter)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMALIZED, ADDED = "batch norm", "add"
-# Multiplications, 150 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
-LEAST_WORK = 2**23
+# Multiplications, 300 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
+LEAST_WORK = 2**24
+TOO_LITTLE_WORK = "too little work"
 
 
 # Steps
@@ -320,6 +321,7 @@ class Route(Learned):
         super().__init__(name)
         self.steps = self.trail = None
         self.refusal = None  # why the last layout that was asked for is none
+        self.too_small = None  # the shape of an input of which there is too little to compute; to be asked about first
         self.packed, self.layouts = {}, {}
 
     def cut(self, count):
@@ -356,6 +358,8 @@ class Route(Learned):
         if layout is self:  # not asked for before
             layout = _layout(layer, input)
             self.refusal, layout = (layout, None) if isinstance(layout, str) else (None, layout)
+            if self.refusal == TOO_LITTLE_WORK:
+                self.too_small = input.shape
             if len(self.layouts) > 99:
                 self.layouts.clear()
             self.layouts[key] = layout
@@ -570,7 +574,7 @@ def _layout(layer, input):
     if min(shape) < 1:
         return "an input smaller than the kernel"
     if (input if layer.transposed else shape).numel() * layer.weight[0].numel() < LEAST_WORK:
-        return "too little work"
+        return TOO_LITTLE_WORK
     if not (_is_channels_last(input, format) or _is_channels_last(layer.weight, format)):
         return "contiguous tensors; it is for model.to(memory_format=torch.channels_last)"  # oneDNN's are
     strides, stride = [1] * len(shape), 1

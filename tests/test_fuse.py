@@ -103,6 +103,15 @@ def called_twice_before_either_is_used(self, X):
     return F.relu(Y) + F.relu(Z)
 
 
+def called_in_eval_before_it_is_used(self, X):
+    Y = self.bn1(self.conv1(X))
+    training = self.bn1.training
+    with torch.no_grad():
+        Z = F.relu(self.bn1.eval()(X))
+    self.bn1.train(training)
+    return F.relu(Y) + Z
+
+
 def used_in_another_order_than_called(self, X):
     Y, Z = self.bn1(self.conv1(X)), self.bn2(self.conv2(X))
     return F.relu(Z + X) + F.relu(Y)
@@ -359,6 +368,7 @@ FORWARDS = {  # and what the batch norms do afterwards: a state, or the beginnin
     two_batch_norms_without_statistics: {"bn1": ADD, "bn2": ADD},
     two_batch_norms_in_modes_of_their_own: {"bn1": ADD, "bn2": ""},
     second_of_two_used_again: {"bn1": ADD, "bn2": "plain: its output went to mul"},
+    called_in_eval_before_it_is_used: {"bn1": "plain: its statistics were read"},
     two_batch_norms_and_a_tensor: {"bn1": "add+relu", "bn2": "plain: "},
     in_another_thread: BLOCK,
 }
