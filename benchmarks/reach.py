@@ -35,6 +35,14 @@ TIMM = (
 MODELS = TORCHVISION.split() + [f"timm/{name}" for name in TIMM.split()]
 LEAST_SIZES = {"inception_v3": 299}  # of an image; that of all others is the argument
 
+PAGE = """\
+By `python -m benchmarks.reach --markdown docs/reach.md`, which runs each network three times, in training: plain, under
+an observer that sees every call of a function of PyTorch and nothing of this package; then twice after `fuse`. A ReLU
+*follows* a batch norm whose output, in each of its calls, went to a ReLU, or to a sum of two tensors that went to a
+ReLU, and nowhere else. The last column has what the report says of those that are not fused: `add_` is a sum that is
+written into a tensor of the user's, which others may hold."""
+HEADER = ["| network | batch norms | a ReLU follows | fused | else |", "|---|---|---|---|---|"]
+
 RELUS = {"relu", "relu_"}
 SUMS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
@@ -120,19 +128,23 @@ def reach_of(name, image_size):
         "batch_norms": called,
         "followed_by_relu": len(wanted),
         "fused_of_those": len(wanted & fused),
-        "fused_besides": len(fused - wanted),
         "reasons": dict(reasons),
     }
 
 
-def markdown(rows):
-    lines = ["| network | batch norms | a ReLU follows | fused | else |", "|---|---|---|---|---|"]
-    for row in rows:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
-        besides = f"{row['fused_besides']} fused besides" if row["fused_besides"] else ""
-        notes = "; ".join(note for note in (reasons, besides) if note)
-        cells = row["model"], row["batch_norms"], row["followed_by_relu"], row["fused_of_those"], notes
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+def line_of(row):
+    reasons = "; ".join(f"{count} {reason}" for reason, count in row["reasons"].items())
+    cells = row["model"], row["batch_norms"], row["followed_by_relu"], row["fused_of_those"], reasons
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def total_of(rows):
+    wanted, fused = (sum(row[key] for row in rows) for key in ("followed_by_relu", "fused_of_those"))
+    return f"{fused:,} of {wanted:,} batch norms that a ReLU follows are fused, in {len(rows)} networks."
+
+
+def page_of(rows):
+    lines = ["# What fuse fuses", "", total_of(rows), "", *PAGE.splitlines(), "", *HEADER, *map(line_of, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -141,20 +153,19 @@ def main(argv=None):
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm's as timm/NAME")
     parser.add_argument("--image-size", type=int, default=96, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page with the table there")
     args = parser.parse_args(argv)
     rows = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries about their defaults
         for name in args.models:
             rows.append(reach_of(name, args.image_size))
-            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-    total, fused = (sum(row[key] for row in rows) for key in ("followed_by_relu", "fused_of_those"))
-    print(f"{fused} of {total} batch norms that a ReLU follows are fused")
+            print(line_of(rows[-1]), flush=True)
+    print(total_of(rows))
     if args.json:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown(rows))
+        args.markdown.write_text(page_of(rows))
 
 
 if __name__ == "__main__":
