@@ -23,7 +23,8 @@ RELUS = {F.relu, torch.relu, Tensor.relu} | RELUS_IN_PLACE
 ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | ADDS_IN_PLACE
 _METHODS = (
-    "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex get_device storage_offset"
+    "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_inference get_device "
+    "storage_offset"
 )
 _ATTRIBUTES = (
     "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized requires_grad is_nested _version"
@@ -334,6 +335,8 @@ def _added(a, b, is_in_place):
     if not is_bias:
         if b.shape != x.shape or b.dtype != x.dtype or b.stride() != x.stride() or b.device != x.device:
             return None
+        if b.is_inference():  # it counts no versions
+            return None
         tail = Sum(call, residual)
     if is_in_place:
         call.is_stale, a.tail = True, tail
@@ -396,11 +399,13 @@ class Watched(Traced):
                 tensor.end(function)
         seen, is_sum = [call for tensor in tensors for call in tensor.seen], any(tensor.is_sum for tensor in tensors)
         is_first_use = not any(tensor.is_used for tensor in tensors) and all(call.holds() for call in seen)
+        is_alone = {*types} == {cls}  # else another class has its own way with tensors, Deferred's among them
         rectifies, is_add = is_relu(function, args), not is_sum and adds(function, args, kwargs)
         is_add = is_add and (function not in ADDS_IN_PLACE or type(args[0]) is cls)  # else it is the user's tensor
-        if Deferred in types or not (is_first_use and (rectifies or is_add)):
+        is_add = is_add and not any(isinstance(arg, Tensor) and arg.is_inference() for arg in args)  # without versions
+        if not (is_alone and is_first_use and (rectifies or is_add)):
             for tensor in tensors:
-                tensor.let_go() if Deferred in types else tensor.end(function)  # which has its own way with tensors
+                tensor.let_go() if Deferred in types else tensor.end(function)
             return function(*args, **kwargs)
         with DisableTorchFunctionSubclass():
             output = function(*args, **kwargs)

@@ -509,6 +509,11 @@ def test_what_eager_refuses_is_refused_in_the_same_words():
 
 # The sum
 
+
+class Own(torch.Tensor):
+    pass
+
+
 RESIDUALS = {
     "alike": lambda: make_input(2),
     "channels_last": lambda: make_input(2).to(memory_format=torch.channels_last),
@@ -517,6 +522,8 @@ RESIDUALS = {
     "wider": lambda: torch.randn(2, 3, 6, 5, 7, dtype=torch.float64),
     "a number": lambda: 0.5,
     "a parameter": lambda: nn.Parameter(make_input(2)),
+    "of inference mode": torch.inference_mode()(lambda: make_input(2)),
+    "of a class of its own": lambda: make_input(2).as_subclass(Own),
 }
 
 
@@ -527,16 +534,19 @@ def test_a_residual_of_any_kind_gives_the_sum_that_eager_gives(add, residual):
     plain, fused = twins(Layers(lambda self, X: F.relu(add(self.bn1(X), kept[0]))))
     assert states_of(fused)["bn1"] == "add+relu"
     kept[0] = RESIDUALS[residual]()
+    _, unlearnt = twins(plain, learns=False)
     if residual == "wider" and add is ADDS["Y += X"]:
-        for model in (plain, fused):
+        for model in (plain, fused, unlearnt):
             with pytest.raises(RuntimeError, match="broadcast"):
                 model(make_input())
         return
     for X in (make_input(), make_input().to(memory_format=torch.channels_last)):
-        Y, other_Y = fused(X), plain(X)
-        assert Y.stride() == other_Y.stride() and Y.dtype == other_Y.dtype
-        assert_equal(Y, other_Y)
+        expected = plain(X)
+        for Y in (fused(X), unlearnt(X)):
+            assert (Y.stride(), Y.dtype, type(Y)) == (expected.stride(), expected.dtype, type(expected))
+            assert_equal(Y, expected)
     assert_same_buffers(fused, plain)
+    assert_same_buffers(unlearnt, plain)
 
 
 @pytest.mark.parametrize("training", [True, False])
