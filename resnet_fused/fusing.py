@@ -20,6 +20,7 @@ from .layers import (
     deferring,
     inferring,
     is_batch_norm,
+    pooling,
     recomputing_inputs,
     set_class,
     swapped_class,
@@ -165,11 +166,14 @@ def _fused(entries):
 def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, example_inputs=None):
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
-    The class of each batch norm is swapped, and nothing else; the model's own forward runs, always. The first call of a
+    The class of each batch norm is swapped; the model's own forward runs, always. The first call of a
     batch norm gives its real output and watches it: is it added to and rectified, and is that all? From then on the
     layer puts its output off: it returns a tensor without data, which a sum joins and a ReLU turns into one call of the
     operator. Whoever else touches that tensor gets what the plain layer gives, and the layer is plain from then on; so
     it is where somebody watches: torch.compile, torch.export, tracers, torch.func, modes, hooks on the layer.
+
+    The class of each nn.MaxPool2d is swapped, too: on a CPU it pools contiguous tensors in a third of the time, to the
+    bit.
 
     The package's own :class:`Residual` becomes a :class:`FusedResidual`.
 
@@ -192,7 +196,7 @@ def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, exam
     Raises:
         TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
     """
-    kinds = [deferring] + memory_efficient * [recomputing_inputs] + inference * [inferring]
+    kinds = [deferring, pooling] + memory_efficient * [recomputing_inputs] + inference * [inferring]
     swaps, entries, in_blocks = {}, [], {}
     for name, module in _named_modules(model):
         is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL

@@ -14,10 +14,12 @@ from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .deferred import Traced, is_per_channel, note_compiled, settle
 from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
 from .ops import BatchNorm
+from .pooling import is_faster, max_pool2d
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
 _FORWARD, _BATCH_NORM = nn.modules.batchnorm._BatchNorm.forward, F.batch_norm
+_MAX_POOLING, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 
 
@@ -227,6 +229,17 @@ class Inferring(Swapped):
         return super()._apply(*args, **kwargs)
 
 
+class Pooling(Swapped):
+    """A max pooling that takes contiguous tensors on a CPU as if they were in channels_last."""
+
+    def forward(self, input):
+        is_torchs = self.plain_class.forward is _MAX_POOLING and F.max_pool2d is _MAX_POOL2D
+        if is_torchs and not self.return_indices and is_faster(input) and is_plain(self) and ops_for(input):
+            options = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+            return max_pool2d(input, *options)
+        return super().forward(input)
+
+
 class Recomputing(Swapped):
     """A convolution or pooling that keeps no fused ReLU's output for backward."""
 
@@ -268,13 +281,17 @@ def recomputing_inputs(layer):
     return _RECOMPUTING.get(layer.__class__)
 
 
+def pooling(layer):
+    return Pooling if layer.__class__ is nn.MaxPool2d else None
+
+
 def inferring(layer):
     return _INFERRING.get(layer.__class__)
 
 
 def swapped_class(layer, *kinds):
     """The class of ours for the layer, of the kinds, beside what it does already; None where there is none."""
-    found = [kind(layer) for kind in (inferring, recomputing_inputs, deferring)]
+    found = [kind(layer) for kind in (inferring, recomputing_inputs, pooling, deferring)]
     wanted = [kind(layer) for kind in kinds]
     bases = [base for base in found if base is not None and (base in wanted or issubclass(type(layer), base))]
     return _swapped(layer.__class__, *bases) if bases else None

@@ -3,6 +3,7 @@
 from torch import nn
 
 from .blocks import FusedResidual
+from .fusing import fuse
 
 
 def _stage(block, input_channels, num_channels, first=False):
@@ -27,6 +28,8 @@ def resnet18(in_channels=1, num_classes=10, block=FusedResidual):
         nn.ReLU(),
         nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
     )
+    if block is FusedResidual:
+        fuse(b1)
     return nn.Sequential(
         b1,
         _stage(block, 64, 64, first=True),

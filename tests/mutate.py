@@ -52,6 +52,7 @@ DEFERRED = "resnet_fused/deferred.py"
 LAYERS = "resnet_fused/layers.py"
 FUSING = "resnet_fused/fusing.py"
 INFERENCE = "resnet_fused/inference.py"
+POOLING = "resnet_fused/pooling.py"
 RECOMPUTE = "resnet_fused/recompute.py"
 
 FAULTS = [
@@ -242,6 +243,11 @@ FAULTS = [
     Fault("vector added to a batch's statistics", DEFERRED, "is_bias = not call.training and", "is_bias =", "reach"),
     Fault("vector added in place of a bias", DEFERRED, " and call.norm.bias is None and", " and", "reach"),
     Fault("dropout lost", DEFERRED, '(kwargs["p"] == 0 or (0 < kwargs["p"] <= 1 and not kwargs["training"]))', "True", "reach"),
+    Fault("pooling: ceil_mode forgotten", LAYERS, "self.dilation, self.ceil_mode", "self.dilation, False", "pooling"),
+    Fault("pooling: positions as asked for", LAYERS, "not self.return_indices and", "", "pooling"),
+    Fault("pooling: hooks", LAYERS, "is_faster(input) and is_plain(self) and", "is_faster(input) and", "pooling"),
+    Fault("pooling: F.max_pool2d patched", LAYERS, " and F.max_pool2d is _MAX_POOL2D", "", "pooling"),
+    Fault("pooling: positions in the order of channels_last", POOLING, "return tuple(tensor.contiguous() for tensor in both)", "return both[0].contiguous(), both[1].permute(0, 2, 3, 1).contiguous().view_as(both[0])", "pooling"),
     Fault("any threshold taken for a ReLU", DEFERRED, "args[1:] == (0, 0)", "True", "reach"),
     Fault("sum of three given up", DEFERRED, "if len({tensor.is_sum for tensor in tensors}) == 2 and", "if False and", "fuse"),
     Fault("strides of a sliced input", LAYERS, "            and has_strides_of_output(input)\n", "", "fuse"),

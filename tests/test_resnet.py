@@ -50,7 +50,7 @@ def test_the_state_dict_has_the_reference_networks_keys_in_its_order(block):
 def test_the_layers_are_the_reference_networks():
     network = resnet18(in_channels=3, num_classes=7)
     stem, *stages, pool, flatten, linear = network
-    assert [type(layer) for layer in stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    assert [layer.__class__ for layer in stem] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
     assert (stem[0].in_channels, stem[0].kernel_size, stem[0].stride, stem[0].padding) == (3, (7, 7), (2, 2), (3, 3))
     assert (stem[3].kernel_size, stem[3].stride, stem[3].padding) == (3, 2, 1)
     blocks = [block for stage in stages for block in stage]
