@@ -172,8 +172,8 @@ def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, exam
     operator. Whoever else touches that tensor gets what the plain layer gives, and the layer is plain from then on; so
     it is where somebody watches: torch.compile, torch.export, tracers, torch.func, modes, hooks on the layer.
 
-    The class of each nn.MaxPool2d is swapped, too: on a CPU it pools contiguous tensors in a third of the time, to the
-    bit.
+    The class of each nn.MaxPool2d is swapped, too: on a CPU it pools contiguous tensors in a third of the time, and
+    saves no input for backward.
 
     The package's own :class:`Residual` becomes a :class:`FusedResidual`.
 

@@ -14,7 +14,7 @@ from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .deferred import Traced, is_per_channel, note_compiled, settle
 from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
 from .ops import BatchNorm
-from .pooling import is_faster, max_pool2d
+from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
@@ -230,11 +230,11 @@ class Inferring(Swapped):
 
 
 class Pooling(Swapped):
-    """A max pooling that takes contiguous tensors on a CPU as if they were in channels_last."""
+    """A max pooling that on a CPU takes contiguous tensors as if they were in channels_last, and saves no input."""
 
     def forward(self, input):
         is_torchs = self.plain_class.forward is _MAX_POOLING and F.max_pool2d is _MAX_POOL2D
-        if is_torchs and not self.return_indices and is_faster(input) and is_plain(self) and ops_for(input):
+        if is_torchs and not self.return_indices and is_worth(input) and is_plain(self) and ops_for(input):
             options = self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
             return max_pool2d(input, *options)
         return super().forward(input)
