@@ -194,6 +194,11 @@ def without_counters(block):
     block.bn1.num_batches_tracked = block.bn2.num_batches_tracked = None
 
 
+def counters_that_the_operator_refuses(block):
+    for bn in (block.bn1, block.bn2):
+        bn.num_batches_tracked = bn.num_batches_tracked.float()
+
+
 def cumulative_average(block):
     block.bn1.momentum = block.bn2.momentum = None
 
@@ -271,6 +276,7 @@ CHANGES = [
     without_statistics,
     tracking_switched_off,
     without_counters,
+    counters_that_the_operator_refuses,
     cumulative_average,
     cumulative_average_without_counters,
     cumulative_average_untracked,

@@ -487,7 +487,8 @@ def test_batch_norms_of_any_kind_and_layout(name, layout):
     batch_norm = prepared(make()) if name != "without affine" else make().double()
     plain, fused = twins(nn.Sequential(batch_norm, nn.ReLU()), inputs)
     assert_same_numbers(fused, plain, inputs, clips=False)
-    assert fused(*inputs(1)).stride() == plain(*inputs(1)).stride()
+    for i in range(2):  # of the batch norm's own output, too
+        assert fused[: i + 1](*inputs(1)).stride() == plain[: i + 1](*inputs(1)).stride()
 
 
 def test_what_eager_refuses_is_refused_in_the_same_words():
@@ -497,6 +498,9 @@ def test_what_eager_refuses_is_refused_in_the_same_words():
     ):
         X = torch.randn(4, 6, *[3] * (2 * isinstance(batch_norm, nn.BatchNorm2d)), dtype=torch.float64)
         plain, fused = twins(nn.Sequential(batch_norm, nn.ReLU()).double(), lambda seed, X=X: (X,))
+        for model in (plain, fused):
+            with pytest.raises(ValueError, match="more than 1 value per channel"):  # by the batch norm, not its ReLU
+                model[0](torch.randn(shapes[0], dtype=torch.float64))
         for shape in shapes:
             errors = []
             for model in (plain, fused):
@@ -510,8 +514,13 @@ def test_what_eager_refuses_is_refused_in_the_same_words():
 # The sum
 
 
-class Own(torch.Tensor):
-    pass
+class Doubling(torch.Tensor):
+    """Whose sums are twice as large."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        output = super().__torch_function__(function, types, args, kwargs)
+        return output * 2 if "add" in function.__name__ and output is not NotImplemented else output
 
 
 RESIDUALS = {
@@ -523,7 +532,7 @@ RESIDUALS = {
     "a number": lambda: 0.5,
     "a parameter": lambda: nn.Parameter(make_input(2)),
     "of inference mode": torch.inference_mode()(lambda: make_input(2)),
-    "of a class of its own": lambda: make_input(2).as_subclass(Own),
+    "of a class of its own": lambda: make_input(2).as_subclass(Doubling),
 }
 
 
@@ -672,6 +681,19 @@ def test_what_is_learnt_waits_for_a_checkpointed_call_to_be_repeated():
     assert states_of(fused)["bn1"] == "relu"
 
 
+def test_what_is_learnt_against_a_layer_waits_too():
+    plain, fused = twins(Layers(lambda self, X: F.relu(self.bn1(X))))
+    results = []
+    for model in (plain, fused):
+        X = make_input(1).requires_grad_()
+        Y = checkpoint(model, X, use_reentrant=False)
+        others = [model.bn1(make_input(seed)).sigmoid() for seed in (2, 3)]
+        results.append(torch.autograd.grad((Y + sum(others)).square().sum(), (X, *model.bn1.parameters())))
+    for gradient, other in zip(*results, strict=True):
+        assert_equal(gradient, other)
+    assert states_of(fused)["bn1"] == "plain: its output went to sigmoid"
+
+
 def test_a_tail_is_made_on_the_stream_of_its_batch_norm(monkeypatch, calls):
     """On a GPU the ReLU may be called on another one, which has not been told of the batch norm's input."""
     plain, fused = twins(Layers(lambda self, X: F.relu(self.bn1(X))))
@@ -726,8 +748,11 @@ def test_inference_mode_sees_every_change_in_place():
     with torch.no_grad():
         plain, fused = twins(Layers(lambda self, X: F.relu(self.bn1(self.conv1(X)))))
     assert states_of(fused)["bn1"] == "relu"
+    _, unlearnt = twins(plain, learns=False)
     with torch.inference_mode():
-        assert_equal(fused(make_input()), plain(make_input()))
+        expected = plain(make_input())
+        assert_equal(fused(make_input()), expected)
+        assert_equal(unlearnt(make_input()), expected)
         plain.function = fused.function = forward
         assert_equal(fused(make_input()), plain(make_input()))
         weight = nn.Parameter(torch.rand(6, dtype=torch.float64), requires_grad=False)

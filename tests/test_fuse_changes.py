@@ -142,6 +142,12 @@ CHANGES = {  # what changes; what the forward is, where it is not the tail
     "used without gradients, and then with": (on_instance(flag=True), lambda self, X: used_again(self.bn1(X), self.flag, without)),
     "rectified twice": (on_instance(flag=True), lambda self, X: used_again(self.bn1(X), self.flag, lambda Y, asked: F.relu(Y) * 2)),
     "changed after its sum": (on_instance(flag=True), lambda self, X: changed_after_its_sum(self.bn1(X), X, self.flag)),
+    "second batch norm's output changed after its sum": (
+        on_instance(flag=True),
+        lambda self, X: changed_after_its_sum(self.bn1(X), self.bn2(self.conv1(X)), self.flag),
+    ),
+    "summed without gradients": (on_instance(flag=True), lambda self, X: F.relu(summed_without(self.bn1(X), X, self.flag)) + X),
+    "added to a tensor in place": (on_instance(flag=True), lambda self, X: F.relu(added_in_place(X * 2, self.bn1(X), self.flag))),
     "returned after its ReLU in place": (on_instance(flag=True), lambda self, X: rectified_in_place(self.bn1(X), self.flag)),
     "returned": (on_instance(flag=True), lambda self, X: self.bn1(X) if self.flag else F.relu(self.bn1(X))),
     "returned beside": (on_instance(flag=True), lambda self, X: both(self.bn1(X), self.flag)),
@@ -155,7 +161,7 @@ def used_again(Y, asked, use):
 
 
 def changed_after_its_sum(Y, X, asked):
-    Z = Y + X
+    Z = X + Y
     if asked:
         Y.mul_(2)
     return F.relu(Z)
@@ -164,6 +170,18 @@ def changed_after_its_sum(Y, X, asked):
 def rectified_in_place(Y, asked):
     Z = F.relu_(Y)
     return Y if asked else Z
+
+
+def summed_without(Y, X, asked):
+    with torch.set_grad_enabled(not asked):
+        return Y + X
+
+
+def added_in_place(X, Y, asked):
+    Z = X
+    if asked:
+        Z += Y
+    return X if asked else X + Y
 
 
 def both(Y, asked):
@@ -231,15 +249,15 @@ def test_a_change_of_a_block_takes_effect(change, monkeypatch):
         assert_same_numbers(fused, plain, clips=False)
 
 
-def test_a_global_hook_is_called():
+def test_a_global_hook_is_called_with_tensors():
     _, fused = twins(make_block())
-    called = []
-    handle = register_module_forward_hook(lambda module, args, output: called.append(module))
+    called = {}
+    handle = register_module_forward_hook(lambda module, args, output: called.update({module: type(output)}))
     try:
         fused(make_input())
     finally:
         handle.remove()
-    assert {fused.bn1, fused.bn2, fused.relu} <= set(called)
+    assert [called[layer] for layer in (fused.bn1, fused.bn2, fused.relu)] == [torch.Tensor] * 3
 
 
 def test_statistics_follow_what_loads_and_resets_them():
@@ -253,7 +271,7 @@ def test_statistics_follow_what_loads_and_resets_them():
     assert_same_numbers(fused, plain, clips=False)
 
 
-@pytest.mark.parametrize("what", ["input", "weight", "running_mean", "residual"])
+@pytest.mark.parametrize("what", ["input", "weight", "bias", "running_mean", "running_var", "residual"])
 def test_a_change_in_place_before_the_relu_is_an_error_that_names_the_layer(what):
     changes = [False]
 
@@ -274,6 +292,12 @@ def test_a_change_in_place_before_the_relu_is_an_error_that_names_the_layer(what
         fused(make_input())
     changes[0] = False
     fused(make_input())
+
+
+def test_the_gradient_for_who_never_asks_may_be_differentiated():
+    plain, fused = twins(Layers(tail))
+    plain.function = fused.function = lambda self, X: Own.apply(self.bn1(X) + X)
+    assert_same_numbers(fused, plain, create_graph=True, tolerance=1e-9)
 
 
 def test_an_output_that_was_changed_in_place_has_no_gradient_under_its_old_name():

@@ -168,10 +168,11 @@ def test_filter_fn_is_asked_about_what_could_be_swapped_and_its_errors_leave_eve
 def test_a_first_call_with_example_inputs_changes_nothing_and_is_watched(calls):
     model = Layers(lambda self, X, factor: residual_block(self, self.drop(X)) * factor)
     model.bn2.eval()
-    before, states = snapshot(model), (torch.get_rng_state(), random.getstate())
+    plain, before, states = copy.deepcopy(model), snapshot(model), (torch.get_rng_state(), random.getstate())
     report = fuse(model, example_inputs=(make_input(), 2))
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert [name for name, state in report.layers.items() if state == "watched"] == ["bn1", "bn2"]
+    assert_same_buffers(model, plain)
     assert calls == []
     model(make_input(), 2)
     assert calls == ["batch_norm_relu", "batch_norm_add_relu"]
@@ -254,8 +255,8 @@ def test_inside_unfused_every_module_is_plain_and_outside_it_is_fused_again():
     assert_unchanged(model, fused)
     assert report.layers == states
     with unfused(model):
-        model[1].__class__ = FusedResidual  # the user's, to stay
-    assert type(model[1]) is FusedResidual
+        model[0].bn1.__class__ = own = type("Mine", (nn.BatchNorm2d,), {})
+    assert type(model[0].bn1) is own and type(model[1]) is FusedResidual
     never = model_of(make_block())
     before = snapshot(never)
     with unfused(never):
@@ -317,6 +318,7 @@ def test_replicas_share_what_was_learnt():
     replicas = [module._replicate_for_data_parallel() for module in (fused.bn1, fused.bn2)]
     for replica, layer in zip(replicas, (fused.bn1, fused.bn2), strict=True):
         assert type(replica) is type(layer) and replica._learned is layer._learned
+        assert vars(replica)["_buffers"] is not vars(layer)["_buffers"]
 
 
 def test_the_model_goes_when_it_is_deleted_and_the_report_does_not_keep_it():

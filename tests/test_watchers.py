@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -207,6 +208,16 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Asked(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 def test_modes_see_pytorchs_operators(pair):
     counted = []
     for model in pair:
@@ -214,6 +225,9 @@ def test_modes_see_pytorchs_operators(pair):
             model(make_input())
         assert not any("resnet_fused" in name for name in mode.seen)
         counted.append(flops.get_total_flops())
+        with Asked() as mode:
+            model(make_input())
+        assert {F.batch_norm, F.relu} & {*mode.seen} and not any("resnet_fused" in str(seen) for seen in mode.seen)
     assert counted[0] == counted[1]
     assert_same_buffers(pair[1], pair[0])
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -271,6 +285,20 @@ def test_subclasses_of_tensor(pair, tmp_path):
         assert_equal(Y.to_local(), plain(make_input()))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_residual_of_a_subclass_is_asked_about_the_sum():
+    asked = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            asked.append(function)
+            return super().__torch_function__(function, types, args, kwargs)
+
+    X, residual = torch.randn(2, 3, 6, 5, 7)
+    functional.batch_norm_add_relu(X, residual.as_subclass(Logged), torch.zeros(6), torch.ones(6))
+    assert torch.Tensor.add_ in asked
 
 
 def test_what_is_watched_may_enter_a_compiled_function():
