@@ -146,7 +146,7 @@ def test_an_old_setuptools_is_refused_before_it_finds_the_license_invalid(no_ext
 
 
 def test_every_list_of_the_builds_needs_names_the_setuptools():
-    for file in ("pyproject.toml", "Makefile", "README.md"):
+    for file in ("pyproject.toml", "Makefile", "README.md", "docs/installation.md"):
         assert '"setuptools>=77"' in (ROOT / file).read_text(encoding="utf-8"), file
     message = _refusal("import sys; sys.modules['torch'] = None")
     assert 'first `pip install torch packaging ninja pybind11 "setuptools>=77"`' in message
