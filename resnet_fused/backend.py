@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -158,7 +159,7 @@ if _DEFAULT != "auto":
 
 
 @contextlib.contextmanager
-def use_backend(name: str):
+def use_backend(name: str) -> Iterator[None]:
     """Run every fused operator called inside the ``with`` block on backend ``name``.
 
     In this thread or asyncio task, and the tasks made in the block; a new thread begins with the process's choice. A

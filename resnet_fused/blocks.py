@@ -1,7 +1,7 @@
 """The residual block, plain and fused. A block holds its layers and the data flow between them, no more."""
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
@@ -23,7 +23,7 @@ class Residual(nn.Module):
     Source: https://arxiv.org/abs/1512.03385, in the form of "Dive into Deep Learning", section 8.6.
     """
 
-    def __init__(self, input_channels, num_channels, use_1x1conv=False, strides=1):
+    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(input_channels, num_channels, kernel_size=3, padding=1, stride=strides)
         self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
@@ -34,7 +34,7 @@ class Residual(nn.Module):
         self.bn1 = nn.BatchNorm2d(num_channels)
         self.bn2 = nn.BatchNorm2d(num_channels)
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         Y = F.relu(self.bn1(self.conv1(X)))
         Y = self.bn2(self.conv2(Y))
         if self.conv3 is not None:
@@ -56,7 +56,7 @@ class FusedResidual(Residual):
     """
 
     @classmethod
-    def from_residual(cls, block):
+    def from_residual(cls, block: Residual) -> "FusedResidual":
         """A FusedResidual that shares ``block``'s layers, and so its parameters and buffers."""
         fused = cls.__new__(cls)
         nn.Module.__init__(fused)
@@ -65,13 +65,13 @@ class FusedResidual(Residual):
         fused.training = block.training  # not .train(): each batch norm keeps a mode of its own
         return fused
 
-    def runs_fused(self):
+    def runs_fused(self) -> bool:
         return is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)
 
     def _infers(self, X):
         return type(vars(self.conv1).get("_learned")) is Route and layout_for(self.conv1, X) is not None
 
-    def forward(self, X):
+    def forward(self, X: Tensor) -> Tensor:
         if ops_for(X) is None or not self.runs_fused() or self._infers(X):
             return super().forward(X)
         Y = convolve(self.conv2, call_tail(self.bn1, convolve(self.conv1, X)))

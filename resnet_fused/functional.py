@@ -1,5 +1,7 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
+from torch import Tensor
+
 from . import autograd, reference
 from .backend import ops_for
 from .checks import check, check_arguments
@@ -24,18 +26,18 @@ def like_input(residual, input):
 
 
 def batch_norm_relu(
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
     *,
-    num_batches_tracked=None,
-    input_bias=None,
-):
+    num_batches_tracked: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
     r"""``relu(batch_norm(input))`` as one operator.
 
     .. math:: y = \max\Big(0, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta\Big)
@@ -76,19 +78,19 @@ def batch_norm_relu(
 
 
 def batch_norm_add_relu(
-    input,
-    residual,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
     *,
-    num_batches_tracked=None,
-    input_bias=None,
-):
+    num_batches_tracked: Tensor | None = None,
+    input_bias: Tensor | None = None,
+) -> Tensor:
     r"""``relu(batch_norm(input) + residual)``, the tail of a residual block, as one operator.
 
     .. math:: y = \max\Big(0, \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta + r\Big)
@@ -113,7 +115,9 @@ def batch_norm_add_relu(
     return _call(input, residual, batch_norm, None, training)
 
 
-def batch_norm_add_batch_norm_relu(input, residual, batch_norm, residual_batch_norm, training=False):
+def batch_norm_add_batch_norm_relu(
+    input: Tensor, residual: Tensor, batch_norm: BatchNorm, residual_batch_norm: BatchNorm, training: bool = False
+) -> Tensor:
     r"""``relu(batch_norm(input) + batch_norm(residual))``, the tail of a block that downsamples, as one operator.
 
     .. math::

@@ -2,13 +2,13 @@
 
 import contextlib
 from collections import Counter, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .blocks import FusedResidual, Residual
 from .calls import is_plain
@@ -85,19 +85,19 @@ class Report:
         self.unfused = _fused(unfused)
 
     @property
-    def layers(self):
+    def layers(self) -> dict[str, str]:
         """What each batch norm does, by its name: "may fuse" (before its first call), "watched" (in that), "relu" or
         "add+relu", with which it is fused, or "plain: " and why."""
         return {entry.name: entry.state() for entry in self._entries}
 
     @property
-    def inference(self):
+    def inference(self) -> dict[str, str]:
         """What each convolution does in inference, by its name: "may fuse" (before its first call), "watched" (in
         that), "convolution" and the steps that are one call with it, or "plain: " and why."""
         return {name: _state_in_inference(layer()) for name, layer in self._convolutions}
 
     @property
-    def packed_bytes(self):
+    def packed_bytes(self) -> int:
         """What the packed weights take now."""
         return sum(route.bytes() for route in self._routes())
 
@@ -106,11 +106,11 @@ class Report:
         return [route for route in learned if isinstance(route, Route)]
 
     @property
-    def fused(self):
+    def fused(self) -> list[Fused]:
         return _fused(entry for entry in self._entries if not entry.state().startswith("plain: "))
 
     @property
-    def left(self):
+    def left(self) -> list[Left]:
         states = [(entry, entry.state()) for entry in self._entries]
         left = _grouped(((*entry.parent, state[7:]), entry) for entry, state in states if state.startswith("plain: "))
         return [Left(*parent, f"{', '.join(children)}: {reason}") for (*parent, reason), children in left]
@@ -139,7 +139,7 @@ class Report:
             lines.append(f"  {converting} convert their input: .to(memory_format=torch.channels_last) would spare that")
         return lines + [f"  {name}: {state}" for name, state in left.items()]
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The same in lists, dicts and strings, for JSON."""
         modules = {"fused": self.fused, "unfused": self.unfused, "left": self.left}
         dicts = {title: [m._asdict() for m in of_title] for title, of_title in modules.items()}
@@ -163,7 +163,14 @@ def _fused(entries):
     return [Fused(*parent, tuple(names)) for parent, names in _grouped((entry.parent, entry) for entry in entries)]
 
 
-def fuse(model, filter_fn=None, *, memory_efficient=False, inference=False, example_inputs=None):
+def fuse(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    *,
+    memory_efficient: bool = False,
+    inference: bool = False,
+    example_inputs: Tensor | Sequence[Any] | None = None,
+) -> Report:
     """Make every batch norm of ``model`` that a ReLU follows run fused with it, in place, and with a sum between them.
 
     The class of each batch norm is swapped; the model's own forward runs, always. The first call of a
@@ -239,7 +246,7 @@ def _reason_to_leave(batch_norm):
     return "it is lazy: run one batch first" if is_lazy else f"a {batch_norm.__class__.__name__}"
 
 
-def unfuse(model):
+def unfuse(model: nn.Module) -> Report:
     """Give each layer and block of ``model`` that :func:`fuse` swapped its class back, in place. A block that was built
     as a FusedResidual becomes a :class:`Residual`.
 
@@ -261,7 +268,7 @@ def unfuse(model):
 
 
 @contextlib.contextmanager
-def unfused(model):
+def unfused(model: nn.Module) -> Iterator[nn.Module]:
     """A context in which no module of ``model`` has a class of ours, for what takes it apart, as TorchScript does.
 
     Afterwards, on errors too, each has it again, unless it was given another one meanwhile.

@@ -1,5 +1,7 @@
 """ResNet-18 for small images, built of either block."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from .blocks import FusedResidual
@@ -15,7 +17,9 @@ def _stage(block, input_channels, num_channels, first=False):
     )
 
 
-def resnet18(in_channels=1, num_classes=10, block=FusedResidual):
+def resnet18(
+    in_channels: int = 1, num_classes: int = 10, block: Callable[..., nn.Module] = FusedResidual
+) -> nn.Sequential:
     """ResNet-18 of ``block``, :class:`FusedResidual` or :class:`Residual`; the ``state_dict`` is the same.
 
     Shape: (N, in_channels, H, W) -> (N, num_classes), for H, W of about 32 and more (96 in the benchmarks).
