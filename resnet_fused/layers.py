@@ -18,8 +18,10 @@ from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
 
 set_class = object.__dict__["__class__"].__set__
-_FORWARD, _BATCH_NORM = nn.modules.batchnorm._BatchNorm.forward, F.batch_norm
+_BATCH_NORM_CLASS = nn.modules.batchnorm._BatchNorm
+_FORWARD, _BATCH_NORM = _BATCH_NORM_CLASS.forward, F.batch_norm
 _MAX_POOLING, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
+_ABSENT = object()
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 
 
@@ -50,7 +52,7 @@ def _buffer(name):
             if name in attributes:
                 settle((attributes[name],))
                 return attributes[name]
-        raise AttributeError(name)  # and so nn.Module's __getattr__ looks on
+        return getattr(super(Deferring, self), name)  # a property of its class; else nn.Module's __getattr__ looks on
 
     return property(get, lambda self, value: vars(self).update({name: value}))
 
@@ -73,10 +75,14 @@ class Deferring(Swapped):
     def _buffers(self, buffers):
         vars(self)["_buffers"] = buffers
 
-    def forward(self, input):
+    def forward(self, input=_ABSENT, *args, **kwargs):
         learned = self._learned
         if is_compiling():
             note_compiled(learned.number)
+        if args or kwargs or input is _ABSENT:
+            if not is_compiling():
+                learned.refuse("it was called with other arguments than a tensor")
+            return super().forward(*(() if input is _ABSENT else (input,)), *args, **kwargs)
         is_torchs = self.plain_class.forward is _FORWARD and F.batch_norm is _BATCH_NORM
         if type(input) in (Chained, Followed):
             return self._of_convolution(input, is_torchs)
@@ -125,6 +131,7 @@ class Deferring(Swapped):
             and not input.is_inference()
             and is_plain(self)
             and has_strides_of_output(input)
+            and input.dim() > 1
             and not (self.training and input.numel() == input.shape[1])
         )
 
@@ -267,9 +274,12 @@ _LEFT = nn.SyncBatchNorm, nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModul
 
 
 def is_batch_norm(module):
-    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class."""
+    """Whether it is a batch norm of any kind: those that are no nn.BatchNorm are known by the name of their class, if
+    they hold none."""
+    if isinstance(module, _BATCH_NORM_CLASS):
+        return True
     name = getattr(module, "original_name", module.__class__.__name__)  # original_name: of a scripted module
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "BatchNorm" in name
+    return "BatchNorm" in name and not any(isinstance(layer, _BATCH_NORM_CLASS) for layer in module.modules())
 
 
 # The class for a layer, or None.

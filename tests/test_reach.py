@@ -8,6 +8,8 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from resnet_fused import fuse
+
 from .models import Layers, assert_same_numbers, prepared, residual_block, states_of, twins
 
 # Batch norms of other classes -----------------------------------------------------------------------------------------
@@ -171,6 +173,65 @@ def test_what_is_no_batch_norm_of_the_input_or_goes_elsewhere_stays_plain(norm, 
     assert all(state.startswith("plain: ") for state in states_of(fused).values())
     assert_same_numbers(fused, plain)
     assert calls == []
+
+
+class Conditional(nn.BatchNorm2d):
+    def forward(self, x, gain=1, *, shift=0):
+        return super().forward(x) * gain + shift
+
+
+def called_by_name_and_with_more(self, X):
+    return (
+        F.relu(self.bn1(X, 2, shift=self.conv1.bias.view(-1, 1, 1))) + F.relu(self.bn2(x=X)) + F.relu(self.bn3(input=X))
+    )
+
+
+def test_other_arguments_than_a_tensor_reach_the_layers_own_forward(calls):
+    model = Layers(called_by_name_and_with_more)
+    model.bn1, model.bn2 = prepared(Conditional(6)), prepared(Conditional(6))
+    plain, fused = twins(model)
+    assert_same_numbers(fused, plain, clips=False)
+    states = states_of(fused)
+    assert states["bn1"] == states["bn2"] == "plain: it was called with other arguments than a tensor"
+    assert states["bn3"] == "relu" and calls
+
+
+class Delegating(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    running_mean = property(lambda self: self.inner.running_mean)
+
+    def forward(self, x):
+        return F.relu(self.inner(x)) * self.running_mean.view(-1, 1, 1)
+
+
+def test_what_holds_a_batch_norm_is_none_whatever_its_name():
+    model = Layers(lambda self, X: self.bn1(X))
+    model.bn1 = type("DelegatingBatchNorm", (Delegating,), {})(model.bn1)
+    plain, fused = twins(model)
+    assert_same_numbers(fused, plain, clips=False)
+    assert states_of(fused)["bn1.inner"] == "relu" and "bn1" not in states_of(fused)
+
+
+def test_a_parametrized_statistic():
+    model = Layers(lambda self, X: F.relu(self.bn1.eval()(self.conv1(X))))
+    nn.utils.parametrize.register_parametrization(model.bn1, "running_var", nn.Softplus())
+    plain, fused = twins(model)
+    assert_same_numbers(fused, plain)
+
+
+@pytest.mark.parametrize("arguments", [(), (torch.randn(6),), ([1],), (torch.randn(3, 6, 2), 1)])
+def test_what_pytorch_refuses_is_refused_alike(arguments):
+    errors = []
+    for function in (fuse, lambda layer: layer):
+        layer = nn.BatchNorm1d(6)
+        function(layer)
+        with pytest.raises((AttributeError, TypeError, ValueError)) as error:
+            layer(*arguments)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
 
 
 # Between a batch norm and its ReLU ------------------------------------------------------------------------------------
