@@ -257,6 +257,8 @@ FAULTS = [
     Fault("backward pre-hooks bypassed", CALLS, "        and not layer._backward_pre_hooks\n", "", "blocks"),
     Fault("operators under a function mode", BACKEND, "or (_len_torch_function_stack() and", "or (False and", "watchers"),
     Fault("residual of a subclass taken for a tensor", BACKEND, "        if type(tensor) not in _PLAIN_TYPES:\n", "        if False:\n", "watchers"),
+    Fault("graph broken by the report's note", DEFERRED, "_dynamo_marked_constant = True", "_dynamo_marked_constant = False", "watchers"),
+    Fault("learnt left behind by unfuse", FUSING, '    vars(module).pop("_learned", None)\n', "", "fusing"),
     Fault("statistics read too early", LAYERS, "settle((attributes[name],))", "pass", "fuse"),
     Fault("statistics used too early in eval", LAYERS, "        settle((mean, var))\n", "", "fuse"),
     Fault("state_dict read too early", LAYERS, "settle(buffers.values())", "pass", "fuse"),
