@@ -406,7 +406,7 @@ def _failure_caused_by(fault, copy):
     try:
         file.write_text(original.replace(fault.find, fault.replace))
         _build(copy)
-        interpreted = fault.file.startswith("resnet_fused/triton_kernels/") and fault.noticed_by != "triton_static"
+        interpreted = fault.name.startswith("Triton: ") and fault.noticed_by != "triton_static"
         first = _first_failure(copy, f"tests/test_{fault.noticed_by}.py", fault.command, interpreted=interpreted)
         return first or _first_failure_of_suite(copy, fault.command)
     finally:
