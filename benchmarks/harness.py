@@ -91,6 +91,15 @@ def add_image_size(parser):
     parser.add_argument("--image-size", type=int, default=96, help="of the network; default: %(default)s")
 
 
+def add_models(parser, default):
+    parser.add_argument(
+        "--models",
+        type=lambda names: names.split(","),
+        default=default,
+        help="names of torchvision's models, with timm/ before them of timm's; default: %(default)s",
+    )
+
+
 def _keep_freed_memory():
     """Have glibc's malloc keep freed memory, as GPU allocators do; says what was done.
 

@@ -128,12 +128,7 @@ def main(argv=None):
     parser.add_argument(
         "--sizes", type=numbers, default=[96, 224], metavar="N[,N...]", help="of images; default: 96,224"
     )
-    parser.add_argument(
-        "--models",
-        type=lambda names: names.split(","),
-        default="resnet18,resnet50,mobilenet_v3_large,timm/efficientnet_b0",
-        help="names of torchvision's models, with timm/ before them of timm's; default: %(default)s",
-    )
+    harness.add_models(parser, "resnet18,resnet50,mobilenet_v3_large,timm/efficientnet_b0")
     args = parser.parse_args(argv)
     rows = []
     with harness.session(args) as machine, torch._inductor.config.patch(force_disable_caches=True):

@@ -118,12 +118,7 @@ def main(argv=None):
 
     parser = harness.make_parser("models", __doc__, 32, (*OPTIONS, "torch.compile"))
     harness.add_image_size(parser)
-    parser.add_argument(
-        "--models",
-        type=lambda names: names.split(","),
-        default="resnet18,resnet50,timm/resnet18",
-        help="names of torchvision's models, with timm/ before them of timm's; default: %(default)s",
-    )
+    harness.add_models(parser, "resnet18,resnet50,timm/resnet18")
     args = parser.parse_args(argv)
     with harness.session(args) as machine:
         rows = harness.run(args, cases(args))

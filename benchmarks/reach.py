@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from resnet_fused import fuse
 
+from . import harness
 from .models import make_model
 
 TORCHVISION = (
@@ -151,7 +152,7 @@ def page_of(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reach", description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="timm's as timm/NAME")
-    parser.add_argument("--image-size", type=int, default=96, help="default: %(default)s")
+    harness.add_image_size(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page with the table there")
     args = parser.parse_args(argv)

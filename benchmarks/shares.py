@@ -103,7 +103,7 @@ def print_row(row):
 def main(argv=None):
     parser = harness.make_parser("shares", __doc__, 32, ("fused", "fused, memory_efficient"), ("fused",), plots=False)
     harness.add_image_size(parser)
-    parser.add_argument("--models", type=lambda names: names.split(","), default="resnet18,resnet50")
+    harness.add_models(parser, "resnet18,resnet50")
     parser.set_defaults(device=torch.device("cpu"))
     args = parser.parse_args(argv)
     steps = []

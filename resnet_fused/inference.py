@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import ops_for
 from .calls import is_plain, normalizing
-from .deferred import ADDS_IN_PLACE, RELUS, RELUS_IN_PLACE, Deferred, Learned, Traced, _made, adds
+from .deferred import ADDS_IN_PLACE, RELUS, RELUS_IN_PLACE, Deferred, Learned, Traced, _made, _nobody, adds
 
 _ops = torch.ops.mkldnn
 _CPU = torch.device("cpu")
 _TENSORS = (Tensor, nn.Parameter)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMALIZED, ADDED = "batch norm", "add"
 # Multiplications, 300 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
 LEAST_WORK = 2**24
@@ -296,10 +296,6 @@ class Followed(Traced):
         return output
 
 
-def _nobody():
-    return None
-
-
 # What is known of a layer
 
 
@@ -552,7 +548,7 @@ def _folded(layer, norm):
 
 def _layout(layer, input):
     """The :class:`Layout`, or why oneDNN is not to compute the convolution."""
-    geometry, shape, format = _geometry(layer), input.shape, _CHANNELS_LAST.get(input.dim())
+    geometry, shape, format = _geometry(layer), input.shape, CHANNELS_LAST.get(input.dim())
     if (reason := why_not(layer)) is not None:
         return reason
     channels, of_a_group, *kernel = layer.weight.shape

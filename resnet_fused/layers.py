@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .backend import ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .deferred import Traced, is_per_channel, note_compiled, settle
-from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
+from .inference import CHANNELS_LAST, NORMALIZED, Chained, Followed, Step, as_plain, layout_for
 from .ops import BatchNorm
 from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
@@ -205,8 +205,8 @@ def _computes_batch_norm(layer):
 
 def has_strides_of_output(input):
     """Whether a batch norm's output has the strides of its input."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return input.is_contiguous() or (input.dim() in formats and input.is_contiguous(memory_format=formats[input.dim()]))
+    format = CHANNELS_LAST.get(input.dim())
+    return input.is_contiguous() or (format is not None and input.is_contiguous(memory_format=format))
 
 
 class Inferring(Swapped):
