@@ -161,11 +161,11 @@ inline void check_like_input(const Tensor& tensor, const char* name, const Tenso
 
 // ---- Arguments: those of csrc/ops.cpp, in its order ----
 
-inline void check_statistics(const Tensor& statistics, int64_t norms, const Tensor& input) {
+inline void check_statistics(const Tensor& statistics, const char* name, int64_t norms, const Tensor& input) {
   const int64_t channels = input.size(1);
   STD_TORCH_CHECK(on_one_device(statistics, input) && statistics.scalar_type() == ScalarType::Double &&
                       statistics.is_contiguous() && statistics.numel() == norms * 2 * channels,
-                  "statistics: expected a contiguous float64 tensor of shape (", norms, ", 2, ", channels,
+                  name, ": expected a contiguous float64 tensor of shape (", norms, ", 2, ", channels,
                   ") on the input's device");
 }
 
@@ -222,7 +222,7 @@ struct ForwardArguments {
   void check() const {
     check_input(input());
     if (residual) check_like_input(*residual, "residual", input());
-    if (statistics) check_statistics(*statistics, count, input());
+    if (statistics) check_statistics(*statistics, "statistics", count, input());
     for (int i = 0; i < count; ++i) norms[i].check(training, statistics.has_value(), kPrefixes[i]);
     STD_TORCH_CHECK(!training || values() != 1, "input: expected more than one value per channel in training");
     if (!training || count < 2) return;
@@ -269,18 +269,25 @@ struct BackwardArguments {
   const Tensor &grad_output, &mask, &statistics;
   const NormBackwardArguments* norms;
   int count;
-  bool training, need_residual;  // need_residual: of one that was added as it is
+  bool training, need_residual;      // need_residual: of one that was added as it is
+  const OptionalTensor& grad_means;  // given
 
   const Tensor& input() const { return norms[0].input; }
   int64_t channels() const { return input().size(1); }
   int64_t values() const { return input().numel() / channels(); }
+  // Whether the sums of the gradients are to be taken, for batch norm `i`.
+  bool takes_sums(int i) const { return norms[i].needed.sums() || (training && norms[i].needed.input && !grad_means); }
 
   void check() const {
     check_input(input());
     check_like_input(grad_output, "grad_output", input());
-    check_statistics(statistics, count, input());
+    check_statistics(statistics, "statistics", count, input());
+    if (grad_means) check_statistics(*grad_means, "grad_means", count, input());
     if (count == 2) check_like_input(norms[1].input, "residual", input());
-    for (int i = 0; i < count; ++i) norms[i].check(kPrefixes[i]);
+    for (int i = 0; i < count; ++i) {
+      norms[i].check(kPrefixes[i]);
+      STD_TORCH_CHECK(!grad_means || !norms[i].needed.sums(), "grad_means: the gradients of vectors come without");
+    }
   }
 };
 
@@ -348,7 +355,7 @@ struct Ops {
       OptionalTensor bias, OptionalTensor input_bias, bool need_input, bool need_weight, bool need_bias,
       bool need_input_bias, bool need_residual, OptionalTensor residual, OptionalTensor residual_weight,
       OptionalTensor residual_bias, OptionalTensor residual_input_bias, bool need_residual_weight,
-      bool need_residual_bias, bool need_residual_input_bias) {
+      bool need_residual_bias, bool need_residual_input_bias, OptionalTensor grad_means) {
     const NormBackwardArguments norms[] = {
         {input, weight, bias, input_bias, {need_input, need_weight, need_bias, need_input_bias}},
         {residual ? *residual : input,
@@ -357,10 +364,16 @@ struct Ops {
          residual_input_bias,
          {need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias}}};
     const BackwardResults grad = Backend::backward(
-        {grad_output, mask, statistics, norms, residual ? 2 : 1, training, !residual && need_residual});
+        {grad_output, mask, statistics, norms, residual ? 2 : 1, training, !residual && need_residual, grad_means});
     const auto& [first, second] = grad.norms;
     return {first.input,   first.weight, first.bias,       first.input_bias, residual ? second.input : grad.residual,
             second.weight, second.bias,  second.input_bias};
+  }
+
+  static Tensor statistics(Tensor input, double eps) {
+    check_input(input);
+    const OptionalTensor none;
+    return Backend::statistics({input, none, none, none, none, /*momentum=*/0.0, eps, none, none});
   }
 };
 
@@ -371,4 +384,5 @@ struct Ops {
   STABLE_TORCH_LIBRARY_IMPL(library, key, m) {                                                \
     m.impl("batch_norm_add_relu", TORCH_BOX(&resnet_fused::Ops<Backend>::forward));           \
     m.impl("batch_norm_add_relu_backward", TORCH_BOX(&resnet_fused::Ops<Backend>::backward)); \
+    m.impl("batch_norm_statistics", TORCH_BOX(&resnet_fused::Ops<Backend>::statistics));      \
   }

@@ -8,6 +8,10 @@
 // defaults: each argument that Python does pass costs 0.1 us. mask: where the ReLU passed, one
 // bit an element of the dense input (channels_last or not) as a matrix of as many rows as the backend likes: bit j % 8
 // of byte j / 8 of a row, (rows, bytes). What was not asked for comes back undefined, None in Python.
+//
+// Stages, for who normalises tensors of several devices together: batch_norm_statistics, a batch's own, (2, C);
+// batch_norm_add_relu by statistics, given; the gradients of weight and bias alone; and the rest by grad_means, given:
+// (batch norms, 2, C), the means of g and of g * (input - mean) * invstd, g the gradient where the ReLU passed.
 
 #include <torch/csrc/stable/library.h>
 
@@ -32,7 +36,8 @@ NAMED_LIBRARY(RESNET_FUSED_LIBRARY, m) {
       "Tensor? weight, Tensor? bias, Tensor? input_bias, bool need_input, bool need_weight, bool need_bias, "
       "bool need_input_bias, bool need_residual, Tensor? residual=None, Tensor? residual_weight=None, "
       "Tensor? residual_bias=None, Tensor? residual_input_bias=None, bool need_residual_weight=False, "
-      "bool need_residual_bias=False, bool need_residual_input_bias=False) -> (Tensor grad_input, Tensor grad_weight, "
-      "Tensor grad_bias, Tensor grad_input_bias, Tensor grad_residual, Tensor grad_residual_weight, "
-      "Tensor grad_residual_bias, Tensor grad_residual_input_bias)");
+      "bool need_residual_bias=False, bool need_residual_input_bias=False, Tensor? grad_means=None) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input_bias, Tensor grad_residual, "
+      "Tensor grad_residual_weight, Tensor grad_residual_bias, Tensor grad_residual_input_bias)");
+  m.def("batch_norm_statistics(Tensor input, float eps) -> Tensor");
 }

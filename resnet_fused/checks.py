@@ -25,7 +25,7 @@ def check_like_input(name, tensor, input):
         )
 
 
-def _check_input(input):
+def check_input(input):
     if input.dtype not in _VECTOR_TYPES:
         raise TypeError(f"input: expected float16, bfloat16, float32 or float64, got {input.dtype}")
     if input.dim() < 2:
@@ -67,7 +67,7 @@ def check_arguments(
     The raw ops refuse the same, in fewer words: on the hot path they check, and this explains. ``prefix``: of the names
     of a batch norm's arguments.
     """
-    _check_input(input)
+    check_input(input)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     _check_vectors(input, prefix, **vectors, input_bias=input_bias)
     if (running_mean is None) != (running_var is None):
@@ -87,8 +87,6 @@ def check_arguments(
     if training:
         if not eps > 0:
             raise ValueError(f"{prefix}eps: expected a number > 0 where batch statistics are used, got {eps}")
-        if input.numel() == input.shape[1]:
-            raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
     else:
         if not eps >= 0:
             raise ValueError(f"{prefix}eps: expected a number >= 0, got {eps}")
@@ -96,9 +94,11 @@ def check_arguments(
             raise ValueError(f"{prefix}running_mean, {prefix}running_var: expected both where training=False, got None")
 
 
-def check(input, residual, batch_norm, residual_batch_norm, training) -> None:
+def check(input, residual, batch_norm, residual_batch_norm, training, is_whole_batch=True) -> None:
     """Raise ValueError or TypeError where a call, of the arguments of the last public function, is refused."""
     check_arguments(input, **batch_norm._asdict(), training=training)
+    if training and is_whole_batch and input.numel() == input.shape[1]:
+        raise ValueError(f"input: expected more than 1 value per channel in training, got {tuple(input.shape)}")
     if residual_batch_norm is None:
         if residual is not None:
             check_device("residual", residual, input)
@@ -113,13 +113,17 @@ def check(input, residual, batch_norm, residual_batch_norm, training) -> None:
 
 def check_of_forward(input, statistics, *norms) -> None:
     """What a backward, or a recomputation, gets of the batch norms: of each (weight, bias, input_bias)."""
-    _check_input(input)
+    check_input(input)
     for prefix, (weight, bias, input_bias) in zip(("", "residual_"), norms, strict=False):
         _check_vectors(input, prefix, weight=weight, bias=bias, input_bias=input_bias)
-    check_device("statistics", statistics, input)
-    shape = (len(norms), 2, input.shape[1])
+    check_statistics("statistics", statistics, len(norms), input)
+
+
+def check_statistics(name, statistics, norms, input) -> None:
+    check_device(name, statistics, input)
+    shape = (norms, 2, input.shape[1])
     if statistics.shape != shape or statistics.dtype != torch.float64 or not statistics.is_contiguous():
         raise ValueError(
-            f"statistics: expected a contiguous float64 tensor of shape {shape}, "
+            f"{name}: expected a contiguous float64 tensor of shape {shape}, "
             f"got {tuple(statistics.shape)} of {statistics.dtype}"
         )

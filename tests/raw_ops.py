@@ -42,6 +42,7 @@ def _call(ops, name, problem, needed=None, **values):
         **(_OF_RESIDUAL if problem.normalizes_residual else dict.fromkeys(_OF_RESIDUAL)),
         "need_mask": True,
         "statistics": None,
+        "grad_means": None,
         **problem.options,
         **values,
     }

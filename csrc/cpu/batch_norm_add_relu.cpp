@@ -14,6 +14,7 @@ namespace {
 struct Cpu {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
+  static Tensor statistics(const NormArguments&);
 };
 
 Plan plan_of(const Tensor& input, MemoryFormat format) {
@@ -309,6 +310,22 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   return results;
 }
 
+Tensor Cpu::statistics(const NormArguments& a) {
+  STD_TORCH_CHECK(a.input.is_cpu(), "input: expected a CPU tensor");
+  const int64_t channels = a.input.size(1);
+  const Tensor statistics = empty_tensor(a.input, {2, channels}, aoti_torch_dtype_float64());
+  if (a.input.numel() == 0) {
+    std::fill_n(statistics_of(statistics, 0, channels), 2 * channels, 0);
+    return statistics;
+  }
+  const MemoryFormat format = memory_format(a.input);
+  const Plan plan = plan_of(a.input, format);
+  NormForward norm(a, as_format(a.input, format), statistics_of(statistics, 0, channels), true, plan);
+  for_each_chunk(plan, [&](Work work) { norm.reduce(work); });
+  norm.finish(0, channels);
+  return statistics;
+}
+
 // ---- Backward ----
 
 // One batch norm of a backward.
@@ -350,14 +367,15 @@ class NormBackward {
     for (int64_t c = begin; c < end; ++c) gradient[c] = training_ ? 0 : sums[c] * coefficients_.scale()[c];
     grad_dropped_.write(begin, end, gradient);
     for (int64_t c = begin; c < end; ++c) {
-      const double dropped = means_[c] - coefficients_.mean()[c];  // by the rounding of the mean, see CoefficientBuffer
-      const double dot = dots[c] - dropped * sums[c], scale = coefficients_.scale()[c];
-      const double slope = dot * invstds_[c] * invstds_[c] / n;
-      gradient[c] = dot * invstds_[c];
-      coefficients_.slope()[c] = -slope * scale;
-      coefficients_.offset()[c] = (dropped * slope - sums[c] / n) * scale;
+      gradient[c] = (dots[c] - dropped(c) * sums[c]) * invstds_[c];
+      project(c, sums[c] / n, gradient[c] / n);
     }
     grad_gamma_.write(begin, end, gradient);
+  }
+
+  // By the means of g and of g * (input - mean) * invstd of all channels.
+  void take_given_means(const double* means) {
+    for (int64_t c = 0; c < plan_.channels; ++c) project(c, means[c], means[plan_.channels + c]);
   }
 
   void apply(Work work, const Gradient& gradient) {
@@ -368,6 +386,16 @@ class NormBackward {
   }
 
  private:
+  // What rounding takes from the mean, see CoefficientBuffer.
+  double dropped(int64_t c) { return means_[c] - coefficients_.mean()[c]; }
+
+  // What batch statistics take from the input's gradient.
+  void project(int64_t c, double mean, double dot) {
+    const double slope = dot * invstds_[c], scale = coefficients_.scale()[c];
+    coefficients_.slope()[c] = -slope * scale;
+    coefficients_.offset()[c] = (dropped(c) * slope - mean) * scale;
+  }
+
   const Plan& plan_;
   const Kernels& kernel_;
   bool training_;
@@ -404,9 +432,10 @@ BackwardResults Cpu::backward(const BackwardArguments& a) {
     const Needed& needed = a.norms[i].needed;
     void* residual = i == 0 && a.need_residual ? grad.residual.data_ptr() : nullptr;
     if (!needed.any() && residual == nullptr) continue;
-    sums |= needed.sums() || (a.training && needed.input);
+    sums |= a.takes_sums(i);
     norms.emplace_back(a.norms[i], statistics_of(a.statistics, i, a.channels()), grad.norms[i], residual, a.training,
                        plan, format);
+    if (a.grad_means) norms.back().take_given_means(statistics_of(*a.grad_means, i, a.channels()));
   }
 
   const Tensor dy = as_format(a.grad_output, format);

@@ -13,6 +13,7 @@ namespace {
 struct Cuda {
   static ForwardResults forward(const ForwardArguments&);
   static BackwardResults backward(const BackwardArguments&);
+  static Tensor statistics(const NormArguments&);
 };
 
 bool is_aligned(std::initializer_list<const void*> pointers) {
@@ -117,6 +118,30 @@ ForwardResults Cuda::forward(const ForwardArguments& a) try {
   explain(error, "batch_norm_add_relu", a.input());
 }
 
+Tensor Cuda::statistics(const NormArguments& a) try {
+  const int64_t channels = a.input.size(1);
+  Device device(a.input);
+  const Tensor statistics = empty_tensor(a.input, {2, channels}, aoti_torch_dtype_float64());
+  if (a.input.numel() == 0) {
+    device.zero(statistics);
+    return statistics;
+  }
+  const MemoryFormat format = memory_format(a.input);
+  const Tensor dense = as_format(a.input, format);
+  Forward f{};
+  f.type = element_type(a.input), f.count = 1, f.training = true;
+  f.plan = plan_of(extents_of(a.input, format), static_cast<int>(a.input.element_size()),
+                   is_aligned({dense.data_ptr()}), device.multiprocessors());
+  const Tensor partials = scratch(a.input, 2 * f.plan.partials(), channels);
+  NormForward& n = f.norms[0];
+  n.input = dense.data_ptr(), n.statistics = statistics_of(statistics, 0, channels), n.eps = a.eps;
+  n.scratch = scratch_of(partials, device, channels, 0, 1);
+  cuda::forward(f, device.stream());
+  return statistics;
+} catch (const Error& error) {
+  explain(error, "batch_norm_statistics", a.input);
+}
+
 BackwardResults Cuda::backward(const BackwardArguments& a) try {
   a.check();
   const Tensor& input = a.input();
@@ -151,12 +176,13 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
     n.weight = channel_vector(norm.weight), n.bias = channel_vector(norm.bias);
     n.grad_weight = channel_vector(gradients.weight), n.grad_bias = channel_vector(gradients.bias);
     n.grad_input_bias = channel_vector(gradients.input_bias), n.grad_input = pointer(gradients.input);
-    const bool projects = a.training && norm.needed.input;
-    if (projects) {
+    if (a.training && norm.needed.input && a.grad_means) {
+      n.grad_means = statistics_of(*a.grad_means, i, a.channels());
+    } else if (a.training && norm.needed.input) {
       projections[i] = scratch(input, 2, a.channels());
       n.projection = projections[i].data_ptr();
     }
-    if (projects || norm.needed.sums()) {
+    if (a.takes_sums(i)) {
       partials[i] = scratch(input, 2 * b.plan.partials(), a.channels());
       n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
     }

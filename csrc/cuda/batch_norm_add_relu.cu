@@ -532,7 +532,17 @@ __device__ __forceinline__ Coefficients<A> backward_coefficients(const NormBackw
   return {statistics.load(c), statistics.load(channels + c), load(b.weight, channels, c, 1), 0};
 }
 
-// A channel's last group: the gradients of the vectors, and what batch statistics take from the input's.
+// What batch statistics take from the input's gradient, by the means of g and of g * (input - mean) * invstd.
+template <typename A>
+struct Projection {
+  A offset, slope;
+
+  // dropped: from the mean by its rounding, see Coefficients.
+  __device__ __forceinline__ Projection(double dropped, double invstd, double mean, double dot)
+      : offset(static_cast<A>(mean - dropped * (dot * invstd))), slope(static_cast<A>(dot * invstd)) {}
+};
+
+// A channel's last group: the gradients of the vectors, and the projection.
 template <typename A>
 __device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBackward& b, bool training, int64_t c,
                                                  double sum, double dot) {
@@ -547,10 +557,10 @@ __device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBac
   // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
   store(b.grad_input_bias, plan.channels, c, training ? 0 : sum * static_cast<double>(coefficients.scale));
   if (b.projection == nullptr) return;
-  const double slope = dot * invstd * invstd / n;
+  const Projection<A> values(dropped, invstd, sum / n, dot * invstd / n);
   const Global<A> projection(static_cast<A*>(b.projection), 2 * plan.channels);
-  projection.store(c, static_cast<A>(sum / n - dropped * slope));
-  projection.store(plan.channels + c, static_cast<A>(slope));
+  projection.store(c, values.offset);
+  projection.store(plan.channels + c, values.slope);
 }
 
 template <typename T, int kWidth>
@@ -631,15 +641,25 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Position<kWidth> position(plan, true, b.count);
 
   __shared__ Shared<A, kMaxTileX * kWidth> means, scales, offsets, slopes;
-  const bool projects = norm.projection != nullptr;
+  const bool projects = norm.projection != nullptr || norm.grad_means != nullptr;
   const Global<const A> projection(static_cast<const A*>(norm.projection), 2 * plan.channels);
+  const Global<const double> grad_means(norm.grad_means, 2 * plan.channels);
   for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
     const int64_t channel = position.first_channel + c;
     const auto coefficients = backward_coefficients<A>(norm, plan.channels, channel);
     means.store(c, coefficients.mean);
     scales.store(c, coefficients.scale);
-    offsets.store(c, projects ? projection.load(channel) : 0);
-    slopes.store(c, projects ? projection.load(plan.channels + channel) : 0);
+    if (grad_means) {
+      const Global<const double> statistics(norm.statistics, 2 * plan.channels);
+      const double dropped = statistics.load(channel) - static_cast<double>(coefficients.mean);
+      const Projection<A> given(dropped, statistics.load(plan.channels + channel), grad_means.load(channel),
+                                grad_means.load(plan.channels + channel));
+      offsets.store(c, given.offset);
+      slopes.store(c, given.slope);
+    } else {
+      offsets.store(c, projects ? projection.load(channel) : 0);
+      slopes.store(c, projects ? projection.load(plan.channels + channel) : 0);
+    }
   }
   __syncthreads();
   A mean[kWidth], scale[kWidth], offset[kWidth], slope[kWidth];
@@ -715,6 +735,7 @@ void forward(const Forward& f, cudaStream_t stream) {
     if (f.training && !f.given) {
       launch(statistics<T, width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
     }
+    if (f.output == nullptr) return;
     const auto second = f.residual == nullptr ? normalize<T, width.value, Residual::none>
                         : f.count == 1        ? normalize<T, width.value, Residual::as_it_is>
                                               : normalize<T, width.value, Residual::normalized>;

@@ -43,8 +43,8 @@ struct Forward {
   unsigned count;        // of batch norms: the second is the residual's
   NormForward norms[2];
   const void* residual;  // nullptr for none
-  void* output;
-  uint8_t* mask;  // [rows, plan.mask_stride()], or nullptr where not needed
+  void* output;          // nullptr: the statistics alone
+  uint8_t* mask;         // [rows, plan.mask_stride()], or nullptr where not needed
 };
 
 // One batch norm of a backward.
@@ -52,9 +52,10 @@ struct NormBackward {
   const void* input;
   const double* statistics;
   ChannelVector weight, bias, grad_weight, grad_bias, grad_input_bias;
-  void* grad_input;  // nullptr where not needed
-  void* projection;  // [2, C], where batch statistics are differentiated
-  Scratch scratch;   // where anything is summed, else nullptrs
+  void* grad_input;          // nullptr where not needed
+  void* projection;          // [2, C], where batch statistics are differentiated
+  const double* grad_means;  // [2, C]: given, in the place of a projection, or nullptr
+  Scratch scratch;           // where anything is summed, else nullptrs
 };
 
 struct Backward {
@@ -74,7 +75,7 @@ constexpr size_t kStreams = 64;        // of a device that have some; torch's po
 // Those of the current device's `stream`th stream, zeros where no kernel runs.
 unsigned* semaphores(size_t stream);
 
-// Launches on the current device. In training two kernels, in eval, or by given statistics, one.
+// Launches on the current device. In training two kernels, in eval, by given statistics, or for these alone, one.
 void forward(const Forward&, cudaStream_t);
 // Two kernels, or the one that is needed.
 void backward(const Backward&, cudaStream_t);

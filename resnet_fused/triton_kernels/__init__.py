@@ -24,9 +24,10 @@ _SCHEMAS = {
     "Tensor? weight, Tensor? bias, Tensor? input_bias, bool need_input, bool need_weight, bool need_bias, "
     "bool need_input_bias, bool need_residual, Tensor? residual=None, Tensor? residual_weight=None, "
     "Tensor? residual_bias=None, Tensor? residual_input_bias=None, bool need_residual_weight=False, "
-    "bool need_residual_bias=False, bool need_residual_input_bias=False) -> (Tensor grad_input, Tensor grad_weight, "
-    "Tensor grad_bias, Tensor grad_input_bias, Tensor grad_residual, Tensor grad_residual_weight, "
-    "Tensor grad_residual_bias, Tensor grad_residual_input_bias)",
+    "bool need_residual_bias=False, bool need_residual_input_bias=False, Tensor? grad_means=None) "
+    "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input_bias, Tensor grad_residual, "
+    "Tensor grad_residual_weight, Tensor grad_residual_bias, Tensor grad_residual_input_bias)",
+    "batch_norm_statistics": "(Tensor input, float eps) -> Tensor",
 }
 
 

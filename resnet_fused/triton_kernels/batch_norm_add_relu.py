@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 import triton.language as tl
 
-from ..checks import check, check_device, check_like_input, check_of_forward
+from ..checks import check, check_device, check_input, check_like_input, check_of_forward, check_statistics
 from ..ops import BatchNorm, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
 from . import kernels
 from .kernels import Gradients, Matrix, Norm, Tail
@@ -110,15 +110,7 @@ def _forward(input, residual, norms, training, need_mask, given):
     options = _options(plan.warps)
     with _on(input.device):
         if takes_batch:
-            partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
-            arguments = *_both([[norm] for norm in dense], None), partials, matrix
-            launch(kernels.statistics, (plan.programs, len(norms)), options, *arguments)
-            of_norms = [
-                (of_kernel, norm.momentum or 0.0, norm.eps, norm.momentum is None)
-                for of_kernel, norm in zip(dense, norms, strict=True)
-            ]
-            arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
-            launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
+            _take_statistics(input, dense, norms, plan, matrix)
         of_norms = [(of_kernel, norm.eps) for of_kernel, norm in zip(dense, norms, strict=True)]
         arguments = *_both(of_norms, None, 0.0), r, output, mask, matrix, training or given is not None
         launch(kernels.normalize, (plan.programs,), options, *arguments)
@@ -131,7 +123,28 @@ def _forward(input, residual, norms, training, need_mask, given):
     return output, mask, statistics if given is None else None
 
 
-def _backward(grad_output, mask, statistics, norms, training, need_residual):
+def _take_statistics(input, dense, norms, plan, matrix):
+    partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
+    arguments = *_both([[norm] for norm in dense], None), partials, matrix
+    launch(kernels.statistics, (plan.programs, len(norms)), _options(plan.warps), *arguments)
+    of_norms = [
+        (of_kernel, norm.momentum or 0.0, norm.eps, norm.momentum is None)
+        for of_kernel, norm in zip(dense, norms, strict=True)
+    ]
+    arguments = *_both(of_norms, None, 0.0, 0.0, False), partials, matrix
+    launch(kernels.finish_statistics, (plan.channels, len(norms)), _options(warps=4), *arguments)
+
+
+def _projection(input, statistics, grad_means):
+    """What the finishing kernel would write by its own sums."""
+    (mean, invstd), (grad, dot) = statistics, grad_means
+    projection = _scratch(input, 2, input.shape[1])
+    slope = dot * invstd
+    dropped = mean - mean.to(projection.dtype)
+    return projection.copy_(torch.stack((grad - dropped * slope, slope)))
+
+
+def _backward(grad_output, mask, statistics, norms, training, need_residual, grad_means):
     """The gradients of each of ``norms``, and of a residual that was added as it is.
 
     ``norms``: of the input, and, maybe, of the residual, each (input, vectors, needed), with the vectors (weight, bias,
@@ -144,6 +157,10 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual):
     check_device("mask", mask, like)
     if mask.shape != _mask_shape(like) or mask.dtype != torch.uint8:
         raise ValueError(f"mask: expected uint8 of shape {_mask_shape(like)}, got {mask.dtype} of {tuple(mask.shape)}")
+    if grad_means is not None:
+        check_statistics("grad_means", grad_means, len(norms), like)
+        if any(any(needed) for _, _, (_, *needed) in norms):
+            raise ValueError("grad_means: the gradients of vectors come without")
     gradients = [new_gradients(like, *vectors, *needed) for _, vectors, needed in norms]
     grad_residual = new_like_input(like, need_residual)
     if like.numel() == 0:
@@ -155,11 +172,14 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual):
     plan, matrix = _plan(*matrix_shape(like), like.shape[1], like.dtype)
     tail = Tail(*_dense(like, grad_output), mask.contiguous())
     of_norms, need_sums = [], False
-    for (x, vectors, needed), of_norm, grads in zip(norms, statistics, gradients, strict=True):
+    means = grad_means if grad_means is not None else [None] * len(norms)
+    for (x, vectors, needed), of_norm, grads, given in zip(norms, statistics, gradients, means, strict=True):
         if any(needed):
             need_input, *need_vectors = needed
-            projection = _scratch(like, 2, plan.channels) if training and need_input else None
-            need_sums |= projection is not None or any(need_vectors)
+            projection = None
+            if training and need_input:
+                projection = _scratch(like, 2, plan.channels) if given is None else _projection(like, of_norm, given)
+            need_sums |= (projection is not None and given is None) or any(need_vectors)
             of_norms.append((_norm(*_dense(like, x), of_norm, *vectors), Gradients(*grads, projection)))
     of_norms = of_norms or [(None, Gradients(None))]
     norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
@@ -178,6 +198,7 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual):
 # ---- The ops ----
 
 _FIELDS = len(BatchNorm._fields)
+_NO_VECTORS = None, None, None  # weight, bias, input_bias
 
 
 def batch_norm_add_relu(input, *arguments):
@@ -218,13 +239,27 @@ def batch_norm_add_relu_backward(
     need_residual_weight=False,
     need_residual_bias=False,
     need_residual_input_bias=False,
+    grad_means=None,
 ):
     norms = [(input, (weight, bias, input_bias), (need_input, need_weight, need_bias, need_input_bias))]
     if residual is None:
-        (gradients,), grad_residual = _backward(grad_output, mask, statistics, norms, training, need_residual)
+        (gradients,), grad_residual = _backward(
+            grad_output, mask, statistics, norms, training, need_residual, grad_means
+        )
         return *gradients, grad_residual, None, None, None
     vectors = residual_weight, residual_bias, residual_input_bias
     needed = need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias
     norms.append((residual, vectors, needed))
-    (gradients, residual_gradients), _ = _backward(grad_output, mask, statistics, norms, training, False)
+    (gradients, residual_gradients), _ = _backward(grad_output, mask, statistics, norms, training, False, grad_means)
     return *gradients, *residual_gradients
+
+
+def batch_norm_statistics(input, eps):
+    check_input(input)
+    statistics = input.new_zeros((2, input.shape[1]), dtype=torch.float64)
+    if input.numel() > 0:
+        plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
+        with _on(input.device):
+            norm = BatchNorm(None, None, momentum=0.0, eps=eps)
+            _take_statistics(input, [_norm(*_dense(input, input), statistics, *_NO_VECTORS)], [norm], plan, matrix)
+    return statistics

@@ -21,6 +21,9 @@ struct Emulated {
   static BackwardResults backward(const BackwardArguments& a) {
     return checked([&] { return cuda::Cuda::backward(a); });
   }
+  static Tensor statistics(const NormArguments& a) {
+    return checked([&] { return cuda::Cuda::statistics(a); });
+  }
 };
 
 }  // namespace
