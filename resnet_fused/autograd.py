@@ -31,7 +31,7 @@ def attempt(ops, input, residual, batch_norm, residual_batch_norm, training):
         return _Forward.apply(ops, arguments, input, *vectors, residual, *of_residual)
     except (RuntimeError, TypeError, ValueError):  # checking the arguments here first would cost 8 us a call
         try:
-            check(input, residual, batch_norm, residual_batch_norm, training)
+            check(input, residual, batch_norm, residual_batch_norm, training, not ops.spans_processes)
         except (TypeError, ValueError):
             return None
         raise
@@ -112,7 +112,9 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        _, training, eps, residual_eps = ctx.options
+        ops, training, eps, residual_eps = ctx.options
+        if training and ops.spans_processes:
+            raise RuntimeError("the second derivative of a batch norm over several processes is not implemented")
         grad_output, mask, statistics, *tensors = ctx.saved_tensors
         passed = unpack_mask(mask, tensors[0])
 

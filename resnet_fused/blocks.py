@@ -7,6 +7,8 @@ from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
 from .inference import Route, layout_for
 
+_BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
+
 
 class Residual(nn.Module):
     """The plain block, and the reference: ``relu(bn2(conv2(relu(bn1(conv1(X))))) + X)``.
@@ -49,8 +51,9 @@ class FusedResidual(Residual):
     Both batch norms run fused with what follows them, and the convolutions run without their biases: batch statistics
     cancel those of ``conv1`` and ``conv2`` (their gradient is a zero tensor), and that of ``conv3`` joins ``bn2``'s.
 
-    The children stay plain ``nn.Conv2d`` and ``nn.BatchNorm2d``. Where a batch norm is of another class, carries hooks
-    or parametrizations, or has a ``forward`` of its own, the block runs unfused; such a convolution is called as it is.
+    The children stay plain ``nn.Conv2d``, and ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm``. Where a batch norm is of
+    another class, carries hooks or parametrizations, or has a ``forward`` of its own, the block runs unfused; such a
+    convolution is called as it is.
 
     Arguments, shapes and errors as :class:`Residual`'s.
     """
@@ -66,7 +69,7 @@ class FusedResidual(Residual):
         return fused
 
     def runs_fused(self) -> bool:
-        return is_plain(self.bn1, nn.BatchNorm2d) and is_plain(self.bn2, nn.BatchNorm2d)
+        return is_plain(self.bn1, *_BATCH_NORMS) and is_plain(self.bn2, *_BATCH_NORMS)
 
     def _infers(self, X):
         return type(vars(self.conv1).get("_learned")) is Route and layout_for(self.conv1, X) is not None

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import autograd
 from .backend import ops_for
 from .functional import BatchNorm, like_input
+from .synchronized import group_of, over
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -101,4 +102,5 @@ def _attempt(bn, input, input_bias, residual, residual_bias):
             residual = like_input(residual, input)
         except (TypeError, ValueError):  # eager has an error of its own
             return None
+    ops = over(ops, group_of(bn) if training else None)
     return autograd.attempt(ops, input, residual, norm._replace(input_bias=input_bias), None, training)

@@ -125,14 +125,10 @@ class Call:
         """What the plain layer computes of these; the first time it updates the statistics."""
         if self._version() != self.version:
             raise self.learned.error("its input or a parameter was changed in place before its output was used")
-        norm, momentum = self.norm, self.norm.momentum
-        running = norm.running_mean, norm.running_var
+        norm = self.norm._replace(weight=weight, bias=bias)
         if self.training and not self.pay():
-            running = None, None
-        elif self.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(norm.num_batches_tracked) if momentum is None else momentum
-        return F.batch_norm(input, *running, weight, bias, self.training, momentum or 0.0, norm.eps)
+            norm = norm._replace(running_mean=None, running_var=None, momentum=0.0, num_batches_tracked=None)
+        return self.ops.batch_norm(input, norm, self.training)
 
     @contextlib.contextmanager
     def as_called(self):
@@ -171,8 +167,10 @@ class Call:
         """relu of it, or of its sum with the residual, a tensor or a call; None where the operator refuses."""
         calls = (self, residual) if isinstance(residual, Call) else (self,)
         owed = [call.pay() for call in calls]  # before: a hook on what is saved may raise when the op has written
-        residual, residual_norm = (residual.input, residual.norm) if isinstance(residual, Call) else (residual, None)
-        output = autograd.attempt(self.ops, self.input, residual, self.norm, residual_norm, self.training)
+        ops, residual_norm = self.ops, None
+        if isinstance(residual, Call):
+            ops, residual, residual_norm = ops.beside(residual.ops), residual.input, residual.norm
+        output = autograd.attempt(ops, self.input, residual, self.norm, residual_norm, self.training)
         for call, call.owes in zip(calls, owed if output is None else [False, False], strict=False):
             if output is None:
                 call.learned.refuse("the operator takes less than eager does")
@@ -215,10 +213,10 @@ class Sum:
         return self.output
 
     def rectify(self):
-        residual = self.residual
-        if isinstance(residual, Call) and residual.training != self.call.training:
+        residual, call = self.residual, self.call
+        if isinstance(residual, Call) and (residual.training != call.training or not call.ops.beside(residual.ops)):
             residual = residual.make()
-        return self.call.rectify(residual)
+        return call.rectify(residual)
 
 
 class Promise(torch.autograd.Function):
@@ -436,6 +434,7 @@ class Learned:
         self.watched = []  # their outputs, referenced weakly
         self.outstanding = 0  # calls that a backward may run again
         self.is_compiled = False
+        self.agreed = None  # whether all processes that normalise together want to defer; None: it is alone
         self.frozen = {}  # by its class's forward, whether it is a batch norm of constant statistics
         self.number = id(self)  # what stands for it in a graph
         _learned[self.number] = self
@@ -467,6 +466,15 @@ class Learned:
             self.refuse("its output was not seen to go to a ReLU")
         return Watched.of(output, [Seen(self, under(input), ((input, input._version),))])
 
+    def wants(self):
+        """Whether the layer may defer, as far as this process has seen."""
+        return self.rectified is not None and self.reason is None
+
+    def hear(self, wants, of_all):
+        """What the layer wanted in a call, and in every process: deferred, two batch norms share a collective."""
+        if of_all.is_cpu or (wants and not self.agreed):  # a GPU is not waited for again
+            self.agreed = bool(of_all.all())
+
     def state(self):
         if self.reason is not None:
             return f"plain: {self.reason}"
@@ -483,7 +491,7 @@ class Learned:
         if not self.outstanding and not is_in_backward():
             if not self.defers and self.rectified and any(tensor() is not None for tensor in self.watched):
                 self.refuse("its output is kept")
-            self.defers = self.rectified is not None and self.reason is None
+            self.defers = self.wants() and self.agreed is not False
         return self.defers
 
 

@@ -1,11 +1,20 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
+from typing import TYPE_CHECKING
+
+import torch.distributed
 from torch import Tensor
 
 from . import autograd, reference
 from .backend import ops_for
 from .checks import check, check_arguments
 from .ops import BatchNorm
+from .synchronized import of_several, over
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:  # a torch may be built without
+    ProcessGroup = getattr(torch.distributed, "ProcessGroup", object)
 
 
 def like_input(residual, input):
@@ -37,6 +46,7 @@ def batch_norm_relu(
     *,
     num_batches_tracked: Tensor | None = None,
     input_bias: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""``relu(batch_norm(input))`` as one operator.
 
@@ -57,6 +67,10 @@ def batch_norm_relu(
         num_batches_tracked: one int64, incremented in training; needed where ``momentum=None``.
         input_bias: (C,), a bias that the convolution before left out: the result is that of ``input + input_bias``,
             without a pass over memory for it. Batch statistics cancel it; its gradient is then zero.
+        process_group: in training, normalise by the statistics of the batches of all its processes, each of which
+            calls this, as nn.SyncBatchNorm does; one collective forward and one backward, on any device. Batches may be
+            of different sizes, or empty. The gradients of weight and bias are those of this process's batch. There are
+            no second derivatives.
 
     The per-channel vectors have the input's dtype, or float32 where the input is float16 or bfloat16. Arithmetic is in
     float32, for float64 inputs in float64.
@@ -69,12 +83,14 @@ def batch_norm_relu(
         ValueError: fewer than 2 dimensions; no channels; a vector that has not C values; tensors on several devices;
             only one of running_mean and running_var, or neither where training=False; one value per channel in
             training; eps out of range; momentum=None without num_batches_tracked; a backend chosen by name that does
-            not serve the input's device.
+            not serve the input's device; a process_group without this process.
+        RuntimeError: the group's processes differ in channels, type or number of batch norms; what its collectives
+            raise. The running statistics are then as they were.
 
     Source: Ioffe and Szegedy, "Batch Normalization", https://arxiv.org/abs/1502.03167; PyTorch's ``F.batch_norm``.
     """
     batch_norm = BatchNorm(running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias)
-    return _call(input, None, batch_norm, None, training)
+    return _call(input, None, batch_norm, None, training, process_group)
 
 
 def batch_norm_add_relu(
@@ -90,6 +106,7 @@ def batch_norm_add_relu(
     *,
     num_batches_tracked: Tensor | None = None,
     input_bias: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""``relu(batch_norm(input) + residual)``, the tail of a residual block, as one operator.
 
@@ -112,11 +129,17 @@ def batch_norm_add_relu(
     if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
         check_arguments(input, **batch_norm._asdict(), training=training)
         residual = like_input(residual, input)
-    return _call(input, residual, batch_norm, None, training)
+    return _call(input, residual, batch_norm, None, training, process_group)
 
 
 def batch_norm_add_batch_norm_relu(
-    input: Tensor, residual: Tensor, batch_norm: BatchNorm, residual_batch_norm: BatchNorm, training: bool = False
+    input: Tensor,
+    residual: Tensor,
+    batch_norm: BatchNorm,
+    residual_batch_norm: BatchNorm,
+    training: bool = False,
+    *,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""``relu(batch_norm(input) + batch_norm(residual))``, the tail of a block that downsamples, as one operator.
 
@@ -132,7 +155,7 @@ def batch_norm_add_batch_norm_relu(
         residual: of the input's shape and dtype; any strides.
         batch_norm, residual_batch_norm: what normalises each, a :class:`BatchNorm`, with momentum and eps of its own,
             and, in training, with running statistics and counter of its own.
-        training: of both.
+        training, process_group: of both, which share a collective.
 
     Raises:
         TypeError: a residual of another dtype than the input's.
@@ -143,18 +166,20 @@ def batch_norm_add_batch_norm_relu(
     Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, section 3.3,
     option B; ``downsample`` in torchvision's and timm's ResNets.
     """
-    return _call(input, residual, batch_norm, residual_batch_norm, training)
+    return _call(input, residual, batch_norm, residual_batch_norm, training, process_group)
 
 
-def _call(input, residual, batch_norm, residual_batch_norm, training):
+def _call(input, residual, batch_norm, residual_batch_norm, training, process_group):
     tensors = input, residual, batch_norm.running_mean, batch_norm.weight, batch_norm.bias
     if residual_batch_norm is not None:
         tensors += residual_batch_norm.running_mean, residual_batch_norm.weight, residual_batch_norm.bias
     ops = ops_for(*tensors)
+    group = of_several(process_group) if training else None
     if ops is not None:
-        output = autograd.attempt(ops, input, residual, batch_norm, residual_batch_norm, training)
+        output = autograd.attempt(over(ops, group), input, residual, batch_norm, residual_batch_norm, training)
         if output is not None:
             return output
     arguments = input, residual, batch_norm, residual_batch_norm, training
-    check(*arguments)
-    return reference.batch_norm_add_relu(*arguments)
+    check(*arguments, is_whole_batch=group is None)
+    normalized = reference.batch_norm if group is None else over(ops, group).batch_norm
+    return reference.batch_norm_add_relu(*arguments, normalized)

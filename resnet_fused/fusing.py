@@ -24,6 +24,7 @@ from .layers import (
     recomputing_inputs,
     set_class,
     swapped_class,
+    synchronizing,
 )
 
 _FORWARD_OF_RESIDUAL = Residual.forward
@@ -38,7 +39,6 @@ _ADVICE = {
     "a hook": "remove it",
     "under torch.compile": "call the model itself",
     "the operator takes less": "have input, residual and parameters of one type, or of float32 parameters",
-    "a SyncBatchNorm": "a BatchNorm2d would be fused",
 }
 
 # Of a module: its name, its class, and the batch norms among its children that are fused, or why others are not.
@@ -203,7 +203,7 @@ def fuse(
     Raises:
         TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
     """
-    kinds = [deferring, pooling] + memory_efficient * [recomputing_inputs] + inference * [inferring]
+    kinds = [deferring, synchronizing, pooling] + memory_efficient * [recomputing_inputs] + inference * [inferring]
     swaps, entries, in_blocks = {}, [], {}
     for name, module in _named_modules(model):
         is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .backend import ops_for
+from .backend import is_watched, ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .deferred import Traced, is_per_channel, note_compiled, settle
 from .inference import CHANNELS_LAST, NORMALIZED, Chained, Followed, Step, as_plain, layout_for
-from .ops import BatchNorm
+from .ops import BatchNorm, Ops
 from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
+from .synchronized import group_of, over
 
 set_class = object.__dict__["__class__"].__set__
 _BATCH_NORM_CLASS = nn.modules.batchnorm._BatchNorm
-_FORWARD, _BATCH_NORM = _BATCH_NORM_CLASS.forward, F.batch_norm
+_FORWARDS, _BATCH_NORM = {_BATCH_NORM_CLASS.forward, nn.SyncBatchNorm.forward}, F.batch_norm
 _MAX_POOLING, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
 _ABSENT = object()
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
@@ -83,7 +84,7 @@ class Deferring(Swapped):
             if not is_compiling():
                 learned.refuse("it was called with other arguments than a tensor")
             return super().forward(*(() if input is _ABSENT else (input,)), *args, **kwargs)
-        is_torchs = self.plain_class.forward is _FORWARD and F.batch_norm is _BATCH_NORM
+        is_torchs = self.plain_class.forward in _FORWARDS and F.batch_norm is _BATCH_NORM
         if type(input) in (Chained, Followed):
             return self._of_convolution(input, is_torchs)
         if learned.reason is not None and not learned.decide():
@@ -97,6 +98,7 @@ class Deferring(Swapped):
             return self._plain(input, is_torchs)
         if is_torchs:
             self._check_input_dim(input)
+            ops = over(ops, group_of(self), learned)
             return learned.call(input, ops, super().forward, partial(batch_norm_of, self))
         offered = Offered.of(input, learned, ops)
         output = super().forward(offered)
@@ -132,8 +134,20 @@ class Deferring(Swapped):
             and is_plain(self)
             and has_strides_of_output(input)
             and input.dim() > 1
-            and not (self.training and input.numel() == input.shape[1])
+            and not (self.training and input.numel() == input.shape[1] and group_of(self) is None)
         )
+
+
+class Synchronizing(Swapped):
+    """An nn.SyncBatchNorm, which works on CPUs, too, and tells the other processes whether it wants to defer."""
+
+    def forward(self, input):
+        if is_watched():
+            return super().forward(input)
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        ops = over(ops_for(input), group_of(self), self._learned) or Ops
+        return ops.batch_norm(input, *batch_norm_of(self))
 
 
 class Offered(Traced):
@@ -270,7 +284,7 @@ def _torch_classes(*names, dimensions=(1, 2, 3)):
 _RECOMPUTING = dict.fromkeys(CONVOLUTIONS, RecomputingConvolution)
 _RECOMPUTING |= dict.fromkeys(_torch_classes("ConvTranspose", "MaxPool"), Recomputing)
 _INFERRING = dict.fromkeys(_torch_classes("Conv", "ConvTranspose", dimensions=(2, 3)), Inferring)  # oneDNN's
-_LEFT = nn.SyncBatchNorm, nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule
+_LEFT = nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule
 
 
 def is_batch_norm(module):
@@ -284,7 +298,12 @@ def is_batch_norm(module):
 
 # The class for a layer, or None.
 def deferring(layer):
-    return Deferring if is_batch_norm(layer) and not isinstance(layer, _LEFT) else None
+    is_of_its_own = isinstance(layer, nn.SyncBatchNorm) and layer.__class__ is not nn.SyncBatchNorm
+    return Deferring if is_batch_norm(layer) and not isinstance(layer, _LEFT) and not is_of_its_own else None
+
+
+def synchronizing(layer):
+    return Synchronizing if layer.__class__ is nn.SyncBatchNorm else None
 
 
 def recomputing_inputs(layer):
@@ -301,7 +320,7 @@ def inferring(layer):
 
 def swapped_class(layer, *kinds):
     """The class of ours for the layer, of the kinds, beside what it does already; None where there is none."""
-    found = [kind(layer) for kind in (inferring, recomputing_inputs, pooling, deferring)]
+    found = [kind(layer) for kind in (inferring, recomputing_inputs, pooling, deferring, synchronizing)]
     wanted = [kind(layer) for kind in kinds]
     bases = [base for base in found if base is not None and (base in wanted or issubclass(type(layer), base))]
     return _swapped(layer.__class__, *bases) if bases else None

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
+from . import reference
+
 
 class BatchNorm(NamedTuple):
     """One of the two batch norms of :func:`batch_norm_add_batch_norm_relu`: arguments of :func:`batch_norm_relu`."""
@@ -76,10 +78,18 @@ class Ops(NamedTuple):
 
     batch_norm_add_relu: OpOverload
     batch_norm_add_relu_backward: OpOverload
+    batch_norm_statistics: OpOverload
+
+    spans_processes = False
+    batch_norm = staticmethod(reference.batch_norm)
 
     @classmethod
     def of(cls, namespace: str) -> "Ops":
         return cls(*(getattr(getattr(torch.ops, namespace), name).default for name in cls._fields))
+
+    def beside(self, other):
+        """The ops for a tail of two batch norms, this one's and the other's; None where there are none."""
+        return self if other == self else None
 
     def forward(self, input, residual, batch_norm, residual_batch_norm, training, need_mask=False, statistics=None):
         """(output, mask, statistics), None for what was not asked for."""
@@ -90,7 +100,7 @@ class Ops(NamedTuple):
             return self.batch_norm_add_relu(*arguments)
         return self.batch_norm_add_relu(*arguments, statistics=statistics)
 
-    def backward(self, training, needed, grad_output, mask, statistics, *tensors):
+    def backward(self, training, needed, grad_output, mask, statistics, *tensors, grad_means=None):
         """The gradients of ``tensors``: input, weight, bias, input_bias, and the same of the residual, all of it None
         where it has no batch norm. ``needed``: whether each is.
         """
@@ -98,4 +108,6 @@ class Ops(NamedTuple):
         arguments = grad_output, mask, statistics, training, input, weight, bias, input_bias, *needed[:5]
         if residual is not None:
             arguments += residual, *of_residual, *needed[5:]
-        return self.batch_norm_add_relu_backward(*arguments)
+        if grad_means is None:
+            return self.batch_norm_add_relu_backward(*arguments)
+        return self.batch_norm_add_relu_backward(*arguments, grad_means=grad_means)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
-def _batch_norm(input, bn, training):
+def batch_norm(input, bn, training):
     if bn.input_bias is not None:
         input = input + bn.input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
     momentum = bn.momentum
@@ -18,11 +18,11 @@ def _batch_norm(input, bn, training):
     return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, training, momentum, bn.eps)
 
 
-def batch_norm_add_relu(input, residual, batch_norm, residual_batch_norm, training):
+def batch_norm_add_relu(input, residual, norm, residual_norm, training, batch_norm=batch_norm):
     """``relu(batch_norm(input + input_bias) [+ residual])``; the residual normalised where it has a batch norm."""
-    output = _batch_norm(input, batch_norm, training)
-    if residual_batch_norm is not None:
-        residual = _batch_norm(residual, residual_batch_norm, training)
+    output = batch_norm(input, norm, training)
+    if residual_norm is not None:
+        residual = batch_norm(residual, residual_norm, training)
     if residual is not None:
         output.add_(residual)  # as the reference block writes `Y += X`: the sum has the input's dtype and shape
     return torch.relu(output)

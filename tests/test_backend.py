@@ -155,6 +155,8 @@ def test_an_op_may_refuse_by_any_error_and_other_errors_are_raised(error):
     """C++ refuses by RuntimeError, Triton's glue by what it means."""
 
     class Ops:
+        spans_processes = False
+
         def forward(self, *arguments, **options):
             raise error("no")
 

@@ -69,6 +69,17 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
     assert {"eager"} | fused <= {row["provider"] for row in written["rows"]}
 
 
+def test_the_sync_benchmark_counts_what_is_sent(tmp_path):
+    results = tmp_path / "sync.json"
+    small = ["--models", "resnet18", "--image-size", "32", "--batch-size", "2", "--memory-format", "contiguous"]
+    main = importlib.import_module("benchmarks.sync").main
+    main([*small, "--steps", "1", "--threads", "1", "--no-mallopt", "--json", str(results)])
+    written = json.loads(results.read_text())
+    assert [row["provider"] for row in written["rows"]] == ["eager", "fused", "fused, synchronised"]
+    channels = 64 * 5 + (128 + 256 + 512) * 5  # of 20 batch norms; a header of three values in each of 17 collectives
+    assert written["sent"]["resnet18"]["forward"] == {"collectives": 17, "bytes": 8 * (2 * channels + 3 * 17)}
+
+
 def test_the_models_benchmark_counts_what_is_saved(tmp_path):
     results = tmp_path / "models.json"
     small = ["--models", "resnet18", "--image-size", "64", "--batch-size", "2", *ONE_ROUND, "fused, memory_efficient"]

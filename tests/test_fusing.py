@@ -115,7 +115,7 @@ def test_a_patched_residual_and_a_subclass_are_not_taken_for_the_packages_own(mo
 
 
 OTHERS = {
-    "a SyncBatchNorm": lambda: nn.SyncBatchNorm(6),
+    "a Mine": lambda: type("Mine", (nn.SyncBatchNorm,), {})(6),
     "it is lazy: run one batch first": nn.LazyBatchNorm2d,
     "a RecursiveScriptModule": lambda: torch.jit.script(nn.BatchNorm2d(6)),
 }

@@ -32,10 +32,10 @@ def test_every_dtype_and_layout_of_a_backend_is_checked(capsys):
 def test_a_wrong_value_is_a_mismatch(added, training, capsys, monkeypatch):
     right = reference.batch_norm_add_relu
 
-    def wrong_there(input, residual, batch_norm, residual_batch_norm, is_training):
+    def wrong_there(input, residual, batch_norm, residual_batch_norm, is_training, *others):
         what = selfcheck.ADDED[(residual is not None) + (residual_batch_norm is not None)]
         factor = 1.1 if (what, is_training) == (added, training) else 1
-        return right(input, residual, batch_norm, residual_batch_norm, is_training) * factor
+        return right(input, residual, batch_norm, residual_batch_norm, is_training, *others) * factor
 
     monkeypatch.setattr(reference, "batch_norm_add_relu", wrong_there)
     status, text = _run(capsys, "--check")
