@@ -114,8 +114,8 @@ struct Position {
   // count: of blocks that take the same part of the matrix.
   __device__ __forceinline__ Position(const Plan& plan, bool reverse, unsigned count = 1) : plan(plan) {
     const int64_t block = (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x) / count;
-    tile = block % plan.tiles, split = block / plan.tiles;
-    tile_begin = tile * plan.tile_columns();
+    split = block / plan.tiles, tile = block - split * plan.tiles;
+    tile_begin = tile * plan.tile_columns;
     row_begin = split * plan.split_rows;
     row_end = smaller(row_begin + plan.split_rows, plan.rows);
     first_channel = tile_begin / plan.inner;
@@ -128,26 +128,21 @@ struct Position {
   static __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-  __device__ __forceinline__ int64_t tile_end() const {
-    return smaller(tile_begin + plan.tile_columns(), plan.columns);
-  }
+  __device__ __forceinline__ int64_t tile_end() const { return smaller(tile_begin + plan.tile_columns, plan.columns); }
   __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x * blockDim.y); }
 
-  // Rows of the split that threads of row y take.
-  __device__ __forceinline__ int64_t rows_of(int y) const {
-    return larger(0, (row_end - row_begin - y + blockDim.y - 1) / blockDim.y);
-  }
-
   // Calls f(row) for the thread's rows, every `blockDim.y`th, as often in every thread of the block: with a row that
-  // is not of the split, row_end or more, where others have one more.
+  // is not of the split where others have one more.
   template <bool kReverse, typename F>
   __device__ __forceinline__ void for_each_row(F f) const {
-    const int64_t turns = rows_of(0);
+    const int64_t first = kReverse ? row_end - blockDim.y : row_begin;
 #pragma unroll 1  // loads do not pass the stores before them, so that unrolled turns cost registers for nothing
-    for (int64_t turn = 0; turn < turns; ++turn) {
-      f(row_begin + (kReverse ? turns - 1 - turn : turn) * blockDim.y + threadIdx.y);
+    for (int64_t done = 0; done < row_end - row_begin; done += blockDim.y) {
+      f((kReverse ? first - done : first + done) + threadIdx.y);
     }
   }
+
+  __device__ __forceinline__ bool has(int64_t row) const { return inside && row >= row_begin && row < row_end; }
 
   // Calls f(k, channel) for the thread's columns; the channel counts from the tile's first.
   template <typename F>
@@ -168,6 +163,16 @@ struct Position {
       const int64_t begin = larger((first_channel + c) * plan.inner, tile_begin);
       const int64_t end = smaller((first_channel + c + 1) * plan.inner, tile_end());
       f(c, static_cast<int>(begin - tile_begin), static_cast<int>(end - tile_begin));
+    }
+  }
+
+  // Calls f(at, y) for a lane's share of the columns from `begin` to `end` in each row of threads, y: at, where a
+  // matrix in shared memory has them.
+  template <typename F>
+  __device__ __forceinline__ void for_each_value(const Group& group, int begin, int end, F f) const {
+    const int stride = static_cast<int>(blockDim.x) * kWidth, rows = static_cast<int>(blockDim.y);
+    for (Walk walk(group, end - begin); walk.row < rows; walk.step()) {
+      f(walk.row * stride + begin + walk.column, walk.row);
     }
   }
 
@@ -192,25 +197,24 @@ __device__ unsigned all_semaphores[kStreams * kSemaphores];  // 1 MiB
 // The blocks that sum parts of a channel: a range of tiles, in each of them every split.
 struct Parts {
   const Plan& plan;
-  int64_t channel, first_tile, count;
+  int64_t channel, first_tile, last_tile, count;
 
   __device__ __forceinline__ Parts(const Plan& plan, int64_t channel)
-      : plan(plan), channel(channel), first_tile(channel * plan.inner / plan.tile_columns()) {
-    const int64_t last_tile = ((channel + 1) * plan.inner - 1) / plan.tile_columns();
-    count = (last_tile - first_tile + 1) * plan.splits;
-  }
+      : plan(plan),
+        channel(channel),
+        first_tile(channel * plan.inner / plan.tile_columns),
+        last_tile(((channel + 1) * plan.inner - 1) / plan.tile_columns),
+        count((last_tile - first_tile + 1) * plan.splits) {}
 
   __device__ __forceinline__ int64_t index(int64_t tile, int64_t split) const {
     return (tile - first_tile) * plan.splits + split;
   }
 
-  // Values that part `i` is the sum of.
-  __device__ __forceinline__ int64_t values(int64_t i) const {
-    const int64_t begin = (first_tile + i / plan.splits) * plan.tile_columns(), end = begin + plan.tile_columns();
-    const int64_t row = i % plan.splits * plan.split_rows;
+  // The channel's, in a tile.
+  __device__ __forceinline__ int columns(int64_t tile) const {
+    const int64_t begin = tile * plan.tile_columns, end = begin + plan.tile_columns;
     const int64_t channel_begin = channel * plan.inner, channel_end = channel_begin + plan.inner;
-    const int64_t columns = (end < channel_end ? end : channel_end) - (begin > channel_begin ? begin : channel_begin);
-    return columns * (row + plan.split_rows < plan.rows ? plan.split_rows : plan.rows - row);
+    return static_cast<int>((end < channel_end ? end : channel_end) - (begin > channel_begin ? begin : channel_begin));
   }
 };
 
@@ -242,8 +246,38 @@ class Partials {
     return last;
   }
 
-  __device__ __forceinline__ A load(int which, int64_t part, int64_t channel) const {
-    return sums_.load_fresh(at(which, part, channel));
+  // Calls f(values, first, second) for a lane's share of a channel's parts: the values that the part is of, and its
+  // sums. The second is loaded where it is needed. A load takes some 300 cycles, from L2: several are on their way.
+  template <typename F>
+  __device__ __forceinline__ void for_each_part(const Group& group, const Parts& parts, bool needs_second, F f) const {
+    constexpr int kAtOnce = 6;
+    const int64_t step = group.lanes * plan_.channels, others = at(1, 0, 0);
+    int64_t next = at(0, group.lane, parts.channel);
+    const int last_tile = static_cast<int>(parts.last_tile - parts.first_tile);
+    const int last_split = static_cast<int>(plan_.splits) - 1;
+    const A columns = static_cast<A>(plan_.tile_columns),
+            first_columns = static_cast<A>(parts.columns(parts.first_tile)),
+            last_columns = static_cast<A>(parts.columns(parts.last_tile)), rows = static_cast<A>(plan_.split_rows),
+            last_rows = static_cast<A>(plan_.rows - last_split * plan_.split_rows);
+    Walk walk(group, last_split + 1);
+    for (int begin = group.lane; begin < parts.count; begin += kAtOnce * group.lanes) {
+      A first[kAtOnce], second[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i, next += step) {
+        if (begin + i * group.lanes < parts.count) {
+          first[i] = sums_.load_fresh(next);
+          if (needs_second) second[i] = sums_.load_fresh(others + next);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (begin + i * group.lanes < parts.count) {
+          const A of_tile = walk.row == 0 ? first_columns : walk.row == last_tile ? last_columns : columns;
+          f(of_tile * (walk.column == last_split ? last_rows : rows), first[i], second[i]);
+          walk.step();
+        }
+      }
+    }
   }
 
  private:
@@ -264,19 +298,17 @@ struct Moments {
   A mean, m2;
 };
 
-// Of n values, from those of parts: values_of(i), moments_of(i). Twice through the parts, rather than part by part:
-// there is no division, and no chain of dependent steps.
-template <typename A, typename V, typename M>
-__device__ __forceinline__ Moments<A> join(const Group& group, int64_t parts, A n, V values_of, M moments_of) {
-  A sum = 0;
-  for (int64_t i = group.lane; i < parts; i += group.lanes) sum += values_of(i) * moments_of(i).mean;
+// Of n values, from those of parts, which for_each(needs_m2, f) calls f(values, mean, m2) with. Twice through the
+// parts, rather than part by part: there is no division, and no chain of dependent steps.
+template <typename A, typename F>
+__device__ __forceinline__ Moments<A> join(const Group& group, A n, F for_each) {
+  A sum = 0, m2 = 0;
+  for_each(false, [&](A values, A part_mean, A) { sum += values * part_mean; });
   const A mean = group.sum(sum) / n;
-  A m2 = 0;
-  for (int64_t i = group.lane; i < parts; i += group.lanes) {
-    const Moments<A> part = moments_of(i);
-    const A deviation = part.mean - mean;
-    m2 += part.m2 + values_of(i) * deviation * deviation;
-  }
+  for_each(true, [&](A values, A part_mean, A part_m2) {
+    const A deviation = part_mean - mean;
+    m2 += part_m2 + values * deviation * deviation;
+  });
   return {mean, group.sum(m2)};
 }
 
@@ -344,11 +376,12 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   for (int k = 0; k < kWidth; ++k) origin[k] = mean[k] = m2[k] = sum[k] = 0;
   if (position.inside) {
     position.for_each_column([&](int k, int channel) { origin[k] = origins.load(channel); });
-    int64_t count = 0;
+    int count = 0;
+    A share = 0;
 #pragma unroll(sizeof(T) == 4 ? 2 : 1)  // as registers allow, without a spill
     for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
       const auto x = input.template load_vector<kWidth>(row * plan.columns + position.column);
-      const A share = 1 / static_cast<A>(++count);
+      share = 1 / static_cast<A>(++count);
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         const A value = widen(x[k]) - origin[k], deviation = value - mean[k];
@@ -358,39 +391,36 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       }
     }
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) mean[k] = count > 0 ? sum[k] / static_cast<A>(count) : 0;
+    for (int k = 0; k < kWidth; ++k) mean[k] = sum[k] * share;
   }
 
   __shared__ Shared<A, kMaxThreads * kWidth> means, m2s;
-  const int stride = plan.tile_columns();
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const int at = static_cast<int>(threadIdx.y) * stride + static_cast<int>(threadIdx.x) * kWidth + k;
+    const int at = position.thread * kWidth + k;
     means.store(at, mean[k]);
     m2s.store(at, m2[k]);
   }
   __syncthreads();
 
+  const int64_t rows = position.row_end - position.row_begin, turns = rows / plan.threads_y;
+  const A fewest = static_cast<A>(turns);                            // rows of a thread: those of the first rows
+  const int left = static_cast<int>(rows - turns * plan.threads_y);  // of threads have one more
   const Group group = position.group();
   const Partials<A> partials(plan, norm.scratch);
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
-    const int columns = end - begin, rows = static_cast<int>(blockDim.y);
-    const Moments<A> of_block = join<A>(
-        group, int64_t{columns} * rows, static_cast<A>(columns * (position.row_end - position.row_begin)),
-        [&](int64_t i) { return static_cast<A>(position.rows_of(static_cast<int>(i) / columns)); },
-        [&](int64_t i) {
-          const int at = static_cast<int>(i) / columns * stride + begin + static_cast<int>(i) % columns;
-          return Moments<A>{means.load(at), m2s.load(at)};
-        });
+    const Moments<A> of_block = join(group, static_cast<A>((end - begin) * rows), [&](bool, auto f) {
+      position.for_each_value(group, begin, end,
+                              [&](int at, int y) { f(y < left ? fewest + 1 : fewest, means.load(at), m2s.load(at)); });
+    });
     const int64_t part = parts.index(position.tile, position.split);
     if (!partials.hand_over(group, parts, part, of_block.mean, of_block.m2)) return;
 
-    const Moments<A> of_channel = join<A>(
-        group, parts.count, static_cast<A>(plan.rows) * static_cast<A>(plan.inner),
-        [&](int64_t i) { return static_cast<A>(parts.values(i)); },
-        [&](int64_t i) { return Moments<A>{partials.load(0, i, c), partials.load(1, i, c)}; });
+    const A values = static_cast<A>(plan.rows) * static_cast<A>(plan.inner);
+    const Moments<A> of_channel =
+        join(group, values, [&](bool needs_m2, auto f) { partials.for_each_part(group, parts, needs_m2, f); });
     if (group.lane == 0) finish_statistics<T>(f, c, of_channel.mean, static_cast<double>(of_channel.m2));
   });
 }
@@ -459,7 +489,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Global<uint8_t> mask(f.mask, plan.rows * plan.mask_stride());
   position.template for_each_row<true>([&](int64_t row) {
     unsigned passed = 0;
-    const bool inside = position.inside && row < position.row_end;
+    const bool inside = position.has(row);
     if (inside) {
       const int64_t at = row * plan.columns + position.column;
       const auto x = input.template load_vector<kWidth>(at);
@@ -594,10 +624,9 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   }
 
   __shared__ Shared<A, kMaxThreads * kWidth> sums, dots;
-  const int stride = plan.tile_columns();
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) {
-    const int at = static_cast<int>(threadIdx.y) * stride + static_cast<int>(threadIdx.x) * kWidth + k;
+    const int at = position.thread * kWidth + k;
     sums.store(at, sum[k]);
     dots.store(at, dot[k]);
   }
@@ -608,22 +637,20 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
-    const int columns = end - begin;
     A block_sum = 0, block_dot = 0;
-    for (int i = group.lane; i < columns * static_cast<int>(blockDim.y); i += group.lanes) {
-      const int at = i / columns * stride + begin + i % columns;
+    position.for_each_value(group, begin, end, [&](int at, int) {
       block_sum += sums.load(at);
       block_dot += dots.load(at);
-    }
+    });
     block_sum = group.sum(block_sum), block_dot = group.sum(block_dot);
     const int64_t part = parts.index(position.tile, position.split);
     if (!partials.hand_over(group, parts, part, block_sum, block_dot)) return;
 
     A channel_sum = 0, channel_dot = 0;
-    for (int64_t i = group.lane; i < parts.count; i += group.lanes) {
-      channel_sum += partials.load(0, i, c);
-      channel_dot += partials.load(1, i, c);
-    }
+    partials.for_each_part(group, parts, true, [&](A, A part_sum, A part_dot) {
+      channel_sum += part_sum;
+      channel_dot += part_dot;
+    });
     channel_sum = group.sum(channel_sum), channel_dot = group.sum(channel_dot);
     if (group.lane == 0) {
       finish_gradients<A>(plan, norm, b.training, c, static_cast<double>(channel_sum),
@@ -675,7 +702,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Global<T> grad_input(static_cast<T*>(norm.grad_input), size),
       grad_residual(static_cast<T*>(b.grad_residual), size);
   position.template for_each_row<true>([&](int64_t row) {
-    if (!position.inside || row >= position.row_end) return;
+    if (!position.has(row)) return;
     const int64_t at = row * plan.columns + position.column;
     Vector<T, kWidth> dx, dr;
     gradient.for_each(row, position.column, projects, mean, [&](int k, T masked, A centered) {

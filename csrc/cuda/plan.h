@@ -18,20 +18,39 @@ constexpr int kResidentThreads = 768;  // of a multiprocessor: what 80 registers
 constexpr int kMaxTileX = 128;         // threads of a block along columns: their coefficients are in shared memory
 constexpr int kWaves = 5;              // from here on, how full the last one is matters little
 
-struct Plan {
-  int64_t rows, columns, inner, channels;
-  int width;                 // columns of a thread
-  int threads_x, threads_y;  // along columns, a multiple of 8 (a byte of the mask), and along rows
-  int64_t tiles, splits, split_rows;
-  double waves, last_wave;  // of blocks, and how full the last one is
+// What a GPU divides by often, without a division, which takes it some 100 instructions: the reciprocal's first 64 bits
+// make a quotient right or one too small.
+class Divisor {
+ public:
+  Divisor() = default;
+  constexpr explicit Divisor(int64_t value) : value_(value), reciprocal_(UINT64_MAX / static_cast<uint64_t>(value)) {}
+  constexpr operator int64_t() const { return value_; }
 
-  constexpr int threads() const { return threads_x * threads_y; }
-  constexpr int tile_columns() const { return threads_x * width; }
+  template <typename N>  // of any integer, >= 0: else the one built in, of the value, would be as good a match
+  friend constexpr int64_t operator/(N n, const Divisor& by) {
+    const auto quotient = static_cast<int64_t>(static_cast<unsigned __int128>(n) * by.reciprocal_ >> 64);
+    return quotient + (n - quotient * by.value_ >= by.value_);
+  }
+
+ private:
+  int64_t value_;
+  uint64_t reciprocal_;
+};
+
+struct Plan {
+  int64_t rows, columns, channels;
+  int width;      // columns of a thread
+  int threads_x;  // along columns, a multiple of 8 (a byte of the mask)
+  int64_t splits, split_rows;
+  Divisor inner, tiles, tile_columns, threads_y;  // threads along rows
+  double waves, last_wave;                        // of blocks, and how full the last one is
+
+  constexpr int threads() const { return threads_x * static_cast<int>(threads_y); }
   constexpr int64_t blocks() const { return tiles * splits; }
   // Blocks that a channel's columns, at most, are spread over.
   constexpr int64_t partials() const {
-    const int64_t across = (inner + tile_columns() - 2) / tile_columns() + 1;
-    return splits * (across < tiles ? across : tiles);
+    const int64_t across = (inner + tile_columns - 2) / tile_columns + 1;
+    return splits * (across < tiles ? across : int64_t{tiles});
   }
   constexpr int64_t mask_stride() const { return (columns + 7) / 8; }  // bytes of a row of the mask
 };
@@ -44,14 +63,17 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int elemen
   const auto at_most = [](int64_t a, int64_t b) { return a < b ? a : b; };
 
   Plan base{};
-  base.rows = outer, base.columns = channels * inner, base.inner = inner, base.channels = channels;
+  base.rows = outer, base.columns = channels * inner, base.inner = Divisor(inner), base.channels = channels;
   base.width = 16 / element_size;
   if (!aligned || base.columns % base.width != 0) base.width = 1;
   const int64_t vectors = ceil_div(base.columns, base.width);
 
-  // The candidate that is soonest done, if every row takes as long, starting a block as long as four, and reading four
-  // partial sums as long as one. Several sizes of blocks, as a batch of one leaves no rows to split: 200704 threads are
-  // 1.5 waves of 256, but two of 384.
+  // The candidate that is soonest done, if every row takes as long, a block besides as long as two, and reading eight
+  // partial sums as long as one. By cycles, not measured: of both kernels that sum, a row of 768 threads reads 36 KiB,
+  // 2500 at an H100's 14.5 bytes a cycle and multiprocessor; a block of each waits for memory before its first row, and
+  // joins its sums, 2500 each; of partial sums four or more, doubles or floats, are on their way at once, 300 from L2,
+  // twice in `statistics`. Several sizes of blocks, as a batch of one leaves no rows to split: 200704 threads are 1.5
+  // waves of 256, but two of 384.
   Plan best{};
   double least = 0;
   for (const int threads : {256, 384, 192}) {
@@ -59,15 +81,15 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int elemen
       Plan plan = base;
       // Whole warps: 4 rows of threads, or a multiple, make them of any multiple of 8, where there is room for 4.
       const int64_t threads_x = at_most(round_up(vectors, vectors > kMaxThreads / 4 ? 32 : 8), most_x);
-      const int64_t threads_y = at_most(threads / threads_x, outer);
-      plan.threads_x = static_cast<int>(threads_x), plan.threads_y = static_cast<int>(threads_y);
-      if (plan.threads() % 32 != 0) plan.threads_y = static_cast<int>(round_up(threads_y, 4));
-      if (plan.threads() > kMaxThreads) plan.threads_y -= 4;
-      plan.tiles = ceil_div(vectors, threads_x);
+      int64_t threads_y = at_most(threads / threads_x, outer);
+      if (threads_x * threads_y % 32 != 0) threads_y = round_up(threads_y, 4);
+      if (threads_x * threads_y > kMaxThreads) threads_y -= 4;
+      plan.threads_x = static_cast<int>(threads_x), plan.threads_y = Divisor(threads_y);
+      plan.tile_columns = Divisor(threads_x * plan.width), plan.tiles = Divisor(ceil_div(vectors, threads_x));
       if (plan.tiles > INT32_MAX && most_x < kMaxTileX) continue;  // a grid has no more blocks
       plan.splits = 1;
       // Partial sums that a thread of the last block of a tile reads, for each split.
-      const int64_t tile_channels = at_most((plan.tile_columns() + inner - 2) / inner + 1, channels);
+      const int64_t tile_channels = at_most((plan.tile_columns + inner - 2) / inner + 1, channels);
       const double finish = static_cast<double>(plan.partials() * tile_channels) / plan.threads();
 
       const int resident = kResidentThreads / plan.threads();  // blocks of a multiprocessor
@@ -83,9 +105,9 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int elemen
         const int64_t waves = ceil_div(plan.blocks(), wave);
         plan.last_wave = plan.waves - static_cast<double>(waves - 1);
 
-        const double turns = static_cast<double>(ceil_div(plan.split_rows, plan.threads_y)) + 4;
+        const double turns = static_cast<double>(ceil_div(plan.split_rows, plan.threads_y)) + 2;
         const double busy = static_cast<double>(at_most(per_multiprocessor, resident) * plan.threads());
-        const double finishing = static_cast<double>(plan.splits) * finish / 4;
+        const double finishing = static_cast<double>(plan.splits) * finish / 8;
         // Half the threads keep the memory busy.
         double cost = (static_cast<double>(waves) * turns + finishing) * (busy < 512 ? 512 : busy);
         if (plan.blocks() < multiprocessors) cost *= 4;

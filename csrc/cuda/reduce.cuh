@@ -1,4 +1,4 @@
-// Sums across the lanes of a warp.
+// Sums across the lanes of a warp, each of its share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -28,6 +28,23 @@ struct Group {
 
   __device__ __forceinline__ bool any_from_first(bool value) const {
     return __shfl_sync(mask, static_cast<int>(value), 0, lanes) != 0;
+  }
+};
+
+// Walks a matrix row by row, a lane's share of it, every `lanes`th element: no division a step.
+struct Walk {
+  int columns, step_row, step_column, row, column;
+
+  __device__ __forceinline__ Walk(const Group& group, int columns)
+      : columns(columns),
+        step_row(group.lanes / columns),
+        step_column(group.lanes - step_row * columns),
+        row(group.lane / columns),
+        column(group.lane - row * columns) {}
+
+  __device__ __forceinline__ void step() {
+    row += step_row, column += step_column;
+    if (column >= columns) column -= columns, ++row;
   }
 };
 
