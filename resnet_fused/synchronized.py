@@ -125,10 +125,11 @@ class Synchronized(NamedTuple):
         means, variances = of_all.unflatten(1, (len(norms), 2)).unbind(2)
         mean = (weights * means).sum(0)
         variance = (weights * (variances + (means - mean).square())).sum(0)
+        statistics = []
         for i, (_, norm) in enumerate(norms):
             _update_running_statistics(norm, mean[i], variance[i] * (count / (count - 1)))
-        eps = mean.new_tensor([[norm.eps] for _, norm in norms])
-        return torch.stack((mean, (variance + eps).rsqrt()), dim=1)
+            statistics += mean[i], (variance[i] + norm.eps).rsqrt()
+        return torch.stack(statistics).view(len(norms), 2, -1)
 
     def _exchange(self, direction, input, vectors):
         """Every process's count of values a channel, (ranks, 1, 1), and vectors, (ranks, len(vectors), C)."""
@@ -170,7 +171,7 @@ def _update_running_statistics(norm, mean, variance):
 
 _HANDSHAKES = 256  # collectives of a group that are preceded by one: the first step of a ResNet-152, or more
 _shaken: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)  # until 2.13
 
 
 def _gather(group, row):
