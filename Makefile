@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
 SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
-.PHONY: setup test test-all test-slow mutate bench bench-gpu lint format clean
+.PHONY: setup test test-all test-slow mutate bench bench-all bench-gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -35,19 +35,34 @@ test-slow: setup
 mutate: setup
 	$(BIN)/python -m tests.mutate
 
+# $(call measure,BENCHMARK[,FILE]) and its options: JSON and plot in $(RESULTS). `make bench` leaves out bfloat16, compilers,
+# large sweeps and rounds: five minutes, of rows that mean what those of `make bench-all` do.
+measure = $(BIN)/python -m benchmarks.$(1) --json $(RESULTS)/$(or $(2),$(1)).json
+drawn = $(measure) --plot $(RESULTS)/$(or $(2),$(1)).png
+bench-all: RESULTS := benchmarks/results/all
+
 bench: setup
-	@mkdir -p $(RESULTS)
-	$(BIN)/python -m benchmarks.tail --json $(RESULTS)/tail.json --plot $(RESULTS)/tail.png
-	$(BIN)/python -m benchmarks.tail --sizes --dtype float32 --rounds 3 --json $(RESULTS)/sizes.json --plot $(RESULTS)/sizes.png
-	$(BIN)/python -m benchmarks.overhead --json $(RESULTS)/overhead.json --plot $(RESULTS)/overhead.png
-	$(BIN)/python -m benchmarks.block --json $(RESULTS)/block.json --plot $(RESULTS)/block.png
-	$(BIN)/python -m benchmarks.resnet18 --json $(RESULTS)/resnet18.json --plot $(RESULTS)/resnet18.png
-	$(BIN)/python -m benchmarks.resnet18 --no-mallopt --providers fused --json $(RESULTS)/resnet18-no-mallopt.json
-	$(BIN)/python -m benchmarks.models --json $(RESULTS)/models.json --plot $(RESULTS)/models.png
-	$(BIN)/python -m benchmarks.inference --sizes 224 --batch-sizes 1,8 --json $(RESULTS)/inference.json --plot $(RESULTS)/inference.png
-	$(BIN)/python -m benchmarks.shares --json $(RESULTS)/shares.json
-	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
-	$(BIN)/python -m benchmarks.train --json $(RESULTS)/train.json --plot $(RESULTS)/train.png
+	$(call drawn,tail) --dtype float32 --rounds 5 --seconds 0.2
+	$(call drawn,block) --rounds 5 --seconds 0.3
+	$(call drawn,resnet18) --providers fused
+	$(call drawn,inference) --models resnet18,resnet50 --sizes 224 --batch-sizes 1,8 --providers "fused, inference"
+	$(call drawn,train) --epochs 1
+	@echo; ls $(RESULTS)/*.png
+
+bench-all: setup
+	$(call drawn,tail)
+	$(call drawn,tail,sizes) --sizes --dtype float32 --rounds 3
+	$(call drawn,overhead)
+	$(call drawn,block)
+	$(call drawn,resnet18)
+	$(call measure,resnet18,resnet18-no-mallopt) --no-mallopt --providers fused
+	$(call drawn,models)
+	$(call drawn,inference) --sizes 224 --batch-sizes 1,8
+	$(call measure,shares)
+	$(call measure,memory)
+	$(call drawn,train)
+	$(call drawn,sync)
+	@echo; ls $(RESULTS)/*.png
 
 # On a machine with a GPU, nvcc, torch and, maybe, no network: by its own $(PYTHON), for its own GPU alone.
 CAPABILITY = $(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
@@ -66,4 +81,4 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.[ch]*)
 
 clean:
-	rm -rf $(VENV) build *.egg-info resnet_fused/*.so $(RESULTS)
+	rm -rf $(VENV) build *.egg-info resnet_fused/*.so benchmarks/results

@@ -2,8 +2,13 @@
 
 import importlib
 import json
+import re
+import shlex
+import subprocess
 
 import pytest
+
+from .test_build import ROOT
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("psutil")
@@ -115,6 +120,23 @@ def test_the_reach_benchmark_counts_what_a_relu_follows_and_what_is_fused(tmp_pa
     assert counts == [(20, 20, 20), (46, 11, 11), (61, 27, 10)]
     assert rows[2]["reasons"] == {"plain: its output went to add_": 17}
     assert "| resnet18 | 20 | 20 | 20 |" in table.read_text()
+
+
+class Measures(Exception):
+    pass
+
+
+def test_the_benchmarks_take_the_options_of_the_makefile(monkeypatch):
+    def measures(args):
+        raise Measures
+
+    monkeypatch.setattr("benchmarks.harness.session", measures)
+    printed = subprocess.run(["make", "-n", "bench", "bench-all"], cwd=ROOT, capture_output=True, text=True, check=True)
+    runs = re.findall(r"-m benchmarks\.(\w+) (.*)", printed.stdout)
+    assert len(runs) == 17
+    for name, options in runs:
+        with pytest.raises(Measures):
+            importlib.import_module(f"benchmarks.{name}").main(shlex.split(options))
 
 
 NCU = """#!/bin/sh
