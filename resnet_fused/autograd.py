@@ -56,16 +56,21 @@ def _saved(ctx):
 
 
 class _Forward(Function):
-    """Saves the mask, the statistics, per-channel vectors, and what is normalised."""
+    """Saves the mask, the statistics, per-channel vectors, and what is normalised, where a gradient depends on it: with
+    constant statistics that of the weight alone does."""
 
     @staticmethod
     def forward(ctx, ops, arguments, input, weight, bias, input_bias, residual, *of_residual):
         _, _, batch_norm, residual_batch_norm, training = arguments
         output, mask, statistics = ops.forward(*arguments, need_mask=any(ctx.needs_input_grad))
-        ctx.is_recomputable = residual is None
-        if residual_batch_norm is None:
-            residual = None  # its gradient needs nothing of it
+        _, _, _, needs_weight, _, _, _, needs_residual_weight, *_ = ctx.needs_input_grad
+        ctx.is_recomputable = residual is None and (training or needs_weight)
+        if not training and not needs_weight:
+            input = None
+        if residual_batch_norm is None or not (training or needs_residual_weight):
+            residual = None
         ctx.set_materialize_grads(False)
+        ctx.memory_format = memory_format_of(output)
         _save(ctx, mask, statistics, input, weight, bias, input_bias, residual, *of_residual)
         ctx.options = ops, training, batch_norm.eps, residual_batch_norm and residual_batch_norm.eps
         ctx.unpacked = None
@@ -77,9 +82,17 @@ class _Forward(Function):
         if grad_output is None:
             return None, None, *(None for _ in needed)
         saved, ctx.unpacked = ctx.unpacked or _saved(ctx), None
-        if torch.is_grad_enabled():
+        ops, training, _, residual_eps = ctx.options
+        is_differentiated = torch.is_grad_enabled()
+        if not training:  # in the place of what was not saved what has its shape
+            grad_output = grad_output.contiguous(memory_format=ctx.memory_format)
+            like = torch.zeros_like(grad_output) if is_differentiated else grad_output
+            mask, statistics, input, *vectors, residual, weight, bias, input_bias = saved
+            input = like if input is None else input
+            residual = like if residual is None and residual_eps is not None else residual
+            saved = mask, statistics, input, *vectors, residual, weight, bias, input_bias
+        if is_differentiated:
             return None, None, *_Backward.apply(ctx.options, needed, grad_output, *saved)
-        ops, training, _, _ = ctx.options
         return None, None, *ops.backward(training, needed, grad_output, *saved)
 
 

@@ -370,6 +370,8 @@ FAULTS = [
     Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
     Fault("cores that the process may not use counted", "setup.py", "len(os.sched_getaffinity(0))", "os.cpu_count()", "build"),
     Fault("Triton: strides of an ambiguous layout", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "edges"),
+    Fault("a frozen batch norm's input kept", AUTOGRAD, "        if not training and not needs_weight:\n", "        if False:\n", "gradients"),
+    Fault("a frozen batch norm's gradient in another layout", AUTOGRAD, "grad_output.contiguous(memory_format=ctx.memory_format)", "grad_output.contiguous()", "gradients"),
     Fault("given means ignored", GLUE, "    if (a.grad_means) norms.back()", "    if (false) norms.back()", "synchronized"),
     Fault("given means beside a rounded mean", GLUE, "(dropped(c) * slope - mean) * scale", "-mean * scale", "edges"),
     Fault("CUDA: given means ignored", CUDA, "    if (grad_means) {\n", "    if (false) {\n", "synchronized"),

@@ -70,6 +70,19 @@ def test_third_derivatives(training, with_residual):
     assert gradgradcheck(gradients, (grad_output, *leaves))
 
 
+def test_with_constant_statistics_only_the_gradient_of_a_weight_keeps_an_input(backend, device, layout, with_residual):
+    problem = Problem.random((4, 3, 6, 6), torch.float32, layout, device, with_residual, training=False)
+    call, leaves = _call(problem, False)
+    for leaf, name in zip(
+        leaves, [name for name in problem.DIFFERENTIABLE if getattr(problem, name) is not None], strict=True
+    ):
+        leaf.requires_grad_(not name.endswith("weight"))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes), lambda packed: packed):
+        call(*leaves)
+    assert 0 < sum(saved) < problem.input.nbytes / 4
+
+
 CALLS = [*itertools.product(("forward", "recompute", "backward"), (True, False, "normalized"))]
 NEEDED = {True: Problem.DIFFERENTIABLE, False: ("input", "bias")}
 NEEDED["normalized"] = ("input", "bias", "residual", "residual_weight", "residual_input_bias")
