@@ -57,7 +57,7 @@ bench-all: setup
 	$(call drawn,resnet18)
 	$(call measure,resnet18,resnet18-no-mallopt) --no-mallopt --providers fused
 	$(call drawn,models)
-	$(call drawn,inference) --sizes 224 --batch-sizes 1,8
+	$(call drawn,inference) --sizes 96,224 --batch-sizes 1,8
 	$(call measure,shares)
 	$(call measure,memory)
 	$(call drawn,train)

@@ -9,5 +9,9 @@ models      models of torchvision and timm: a training step, inference, and the 
 inference   models in inference on a CPU: plain, compiled, fused, and other runtimes
 shares      where a network's training step spends its time, plain and fused
 memory      peak resident memory of training steps, plain and fused
+sync        training steps of several processes, whose batch norms are synchronised
+reach       which batch norms fuse reaches, counted
+gpu         all that a GPU has to show, in ten minutes
+docs        the tables of README.md and docs/, written from the JSON of the others
 train       the whole network really trained on handwritten digits, plain and fused side by side
 """

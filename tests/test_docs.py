@@ -1,9 +1,13 @@
 """What README.md, CONTRIBUTING.md and docs/ name exists: files, anchors, make's targets, modules. Code compiles."""
 
+import itertools
+import json
 import re
 from pathlib import Path
 
 import pytest
+
+from benchmarks import docs
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,3 +58,104 @@ def test_commands_exist(page):
 
 def test_the_readme_has_at_most_150_lines():
     assert len(_read(ROOT / "README.md").splitlines()) <= 150
+
+
+PROVIDERS = {  # by file, those that the generated pages' tables have columns for
+    "tail": ("eager", "fused", "copy"),
+    "sizes": ("eager", "fused", "copy"),
+    "models": ("eager", "torch.compile", "fused", "fused, memory_efficient"),
+    "resnet18": ("eager", "torch.compile", "fused"),
+    "inference": ("eager", "torch.compile", "torch.compile, freezing", "fused", "fused, inference"),
+}
+CASES = {  # by file: cases, shapes, phases
+    "tail": (["batch_norm_add_relu"], [[32, 64, 24, 24]], ["forward", "backward", "forward+backward"]),
+    "sizes": (["batch_norm_add_relu"], [[2, 64, 2, 1], [8, 64, 32, 32]], ["forward+backward"]),
+    "overhead": (["block"], [[1, 2, 2, 2]], ["host_overhead"]),
+    "block": (["stage 1"], [[32, 64, 24, 24]], ["train_step", "inference"]),
+    "resnet18": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
+    "resnet18-no-mallopt": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
+    "models": (["resnet18", "resnet50"], [[32, 3, 96, 96]], ["train_step", "inference"]),
+    "inference": (["resnet18", "resnet50"], [[8, 3, 96, 96], [8, 3, 224, 224]], ["inference"]),
+    "train": (["digits"], [[32, 1, 96, 96]], ["train_step"]),
+    "sync": (["resnet18"], [[32, 3, 96, 96]], ["train_step"]),
+}
+MILLISECONDS = {"eager": 300.0, "fused": 200.0, "fused, inference": 150.0}
+
+
+def _results(file):
+    """As a benchmark writes them: eager takes 300 ms, others 200 or 150, in channels_last one more."""
+    layouts = ["contiguous"] if file == "train" else ["contiguous", "channels_last"]
+    providers = PROVIDERS.get(file, ("eager", "fused"))
+    rows = []
+    if file in CASES:
+        for case, shape, phase, provider, layout, dtype, threads in itertools.product(
+            *CASES[file], providers, layouts, ["float32", "bfloat16"] if file == "tail" else ["float32"], [1, 2]
+        ):
+            of = {"case": case, "shape": shape, "phase": phase, "provider": provider, "memory_format": layout}
+            ms = MILLISECONDS.get(provider, 250.0) + (layout == "channels_last")
+            times = {"median_ms": ms, "p20_ms": ms - 9, "p80_ms": ms + 9, "ratio_to_eager": 300 / ms}
+            rows += [of | times | {"dtype": dtype, "threads": threads, "first_two_calls_ms": 1234.5}]
+    rows = rows if file in ("tail", "sizes") else [row for row in rows if row["threads"] == 2]
+    if file == "inference":
+        rows = [row for row in rows if row["provider"] == "eager" or row["memory_format"] == "channels_last"]
+    kinds = [{"memory_format": layout, "provider": p} for layout in layouts for p in providers]
+    return {
+        "machine": {"cpu": "A CPU", "cpu_capability": "AVX2", "gpu": None, "threads": [1, 2], "torch": "2.14.1"},
+        "rows": rows,
+        "saved": [kind | {"case": "resnet18", "bytes": 2**27} for kind in kinds],
+        "peaks": [kind | {"peak_mebibytes": 1020.4} for kind in kinds],
+        "curves": [{"test_accuracy": [0.5, 0.9944]} for _ in rows],
+        "steps": [
+            kind
+            | {"model": "resnet18", "milliseconds": {"tails": 12.0, "convolutions": 78.0}, "tails_ratio_to_eager": 1.0}
+            for kind in kinds
+        ],
+        "sent": {"resnet18": {phase: {"collectives": 17, "bytes": 77208} for phase in ("forward", "backward")}},
+    }
+
+
+@pytest.fixture
+def written(tmp_path):
+    """The pages, their blocks written from such results."""
+    (tmp_path / "results").mkdir()
+    for file in (*CASES, "shares", "memory"):
+        (tmp_path / "results" / f"{file}.json").write_text(json.dumps(_results(file)))
+    pages = [tmp_path / page.name for page in docs.PAGES]
+    for copy, page in zip(pages, docs.PAGES, strict=True):
+        copy.write_text(_read(page), encoding="utf-8")
+    docs.main([str(tmp_path / "results")], pages)
+    first = [_read(page) for page in pages]
+    docs.main([str(tmp_path / "results")], pages)
+    assert first == [_read(page) for page in pages]
+    return {name: (typed, body) for text in first for name, typed, body in docs.BLOCK.findall(text)}
+
+
+def test_every_table_is_written_from_results(written):
+    assert written.keys() == docs.BLOCKS.keys()
+    assert not any(typed for typed, _ in written.values())
+    _, networks = written["networks"]
+    assert "| `resnet50`, training step, 32 of 96x96 | 300 | 301 | **200** | 201 |" in networks
+    assert "| `resnet18`, inference, 8 of 96x96 | 300 | 301 | not timed | **151** |" in networks
+    assert "2 threads of A CPU (AVX2), torch 2.14.1." in networks
+    assert "| `resnet18`, train step, 32 of 96x96 | contiguous | 250 | 300 / 200 = 1.50 |" in written["resnet18"][1]
+    assert "| 1 KiB | 300 | 200 | 301 | 201 | 250 |" in written["sizes"][1]
+    assert "| `resnet18` | 17 | 17 | 77,208 | 77,208 |" in written["sync"][1]
+
+
+def test_the_pages_tables_are_as_the_script_writes_them(written):
+    def titles(body):
+        return {title.strip() for title in body[body.index("|") :].splitlines()[0].split("|")}
+
+    blocks = [block for page in docs.PAGES for block in docs.BLOCK.findall(_read(page))]
+    assert sorted(name for name, _, _ in blocks) == sorted(docs.BLOCKS)
+    for name, typed, body in blocks:
+        if not typed and "|" in body:
+            assert titles(written[name][1]) <= titles(body), name  # more where rivals were installed
+
+
+def test_a_table_whose_results_are_not_there_stays(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- sizes -->\n| 1 |\n<!-- end -->\n")
+    docs.main([str(tmp_path)], [page])
+    assert page.read_text() == "<!-- sizes -->\n| 1 |\n<!-- end -->\n"
+    assert "sizes: there is no" in capsys.readouterr().out
