@@ -12,6 +12,14 @@ memory      peak resident memory of training steps, plain and fused
 sync        training steps of several processes, whose batch norms are synchronised
 reach       which batch norms fuse reaches, counted
 gpu         all that a GPU has to show, in ten minutes
+compare     two runs of one of these
 docs        the tables of README.md and docs/, written from the JSON of the others
 train       the whole network really trained on handwritten digits, plain and fused side by side
 """
+
+import logging
+import os
+
+# torch says at import that there is no GPU, and its profiler when it starts and stops: not what was asked for.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")

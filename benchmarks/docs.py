@@ -67,7 +67,11 @@ def images(shape):
 def machine(results, file="tail"):
     of = results(file)["machine"]
     threads = " or ".join(map(str, of["threads"]))
-    return [f"{threads} threads of {of['gpu'] or of['cpu']} ({of['cpu_capability']}), torch {of['torch']}."]
+    details = [
+        of["cpu_capability"],
+        *(f"{name} {of[name]}" for name in ("model", "l2", "l3", "hypervisor") if name in of),
+    ]
+    return [f"{threads} threads of {of['gpu'] or of['cpu']} ({', '.join(details)}), torch {of['torch']}."]
 
 
 def networks(results):

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
@@ -25,6 +27,11 @@ import resnet_fused
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LSCPU = {"cpu": "Model name", "model": "Model", "l1d": "L1d cache", "l2": "L2 cache", "l3": "L3 cache"}
+LSCPU |= {"threads_per_core": "Thread(s) per core", "hypervisor": "Hypervisor vendor"}
+MOST_BUSY_PERCENT = 5  # of a machine at rest
+COLOURS = {"contiguous": "tab:blue", "channels_last": "tab:orange"}
+MOST_BARS = 20  # of a picture
 
 
 @dataclass(frozen=True)
@@ -117,15 +124,35 @@ def _keep_freed_memory():
     return f"M_MMAP_THRESHOLD={threshold}, M_TRIM_THRESHOLD=-1"
 
 
+def _busy_percent():
+    """How much of the CPUs others use; None where that cannot be told."""
+    try:
+        import psutil  # see run
+    except ImportError:
+        return None
+    return psutil.cpu_percent(0.3)
+
+
+def _of_lscpu():
+    """{name: what lscpu says}; nothing where it is missing."""
+    try:
+        printed = subprocess.run(["lscpu"], capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}).stdout
+    except OSError:
+        return {}
+    told = dict(re.findall(r"^([^:\n]+): +(.*)$", printed, re.MULTILINE))
+    return {name: told[title] for name, title in LSCPU.items() if title in told}
+
+
 def _machine(args, malloc):
     """What the figures depend on beside the code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
-        "cpu": next(models, platform.processor()),
-        "cpu_count": os.cpu_count(),
+        "cpu": platform.processor(),
+        **_of_lscpu(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "governor": governor.read_text().strip() if governor.exists() else None,
+        "busy_percent": _busy_percent(),
         "gpu": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None,
         "system": platform.system(),
         "python": platform.python_version(),
@@ -136,6 +163,11 @@ def _machine(args, malloc):
     }
 
 
+def warn_of_others(machine, where=""):
+    if (busy := machine.get("busy_percent") or 0) > MOST_BUSY_PERCENT:
+        print(f"{where}warning: the machine was not at rest, others used {busy:.0f} % of its CPUs")
+
+
 @contextlib.contextmanager
 def session(args):
     """Run under the arguments' malloc settings and backend, alike for all providers; yields the machine."""
@@ -143,6 +175,7 @@ def session(args):
     torch.set_num_threads(args.threads[-1])
     machine = _machine(args, "left alone" if args.no_mallopt else _keep_freed_memory())
     print(", ".join(f"{key}: {value}" for key, value in machine.items() if value is not None))
+    warn_of_others(machine)
     try:
         with resnet_fused.use_backend(args.backend[0]):
             yield machine
@@ -304,18 +337,20 @@ def size_of(row):
     return "x".join(map(str, row["shape"]))
 
 
-def print_table(rows, further_columns=None):
-    """Print the rows. ``further_columns``: title -> function of a row that returns the text."""
-    columns = {
-        "case": itemgetter("case"),
-        "shape": size_of,
-        **{name: itemgetter(name) for name in ("dtype", "memory_format", "device", "phase", "provider", "backend")},
-        "threads": lambda row: str(row["threads"]),
-        "median ms": lambda row: f"{row['median_ms']:.4f}",
-        "20 to 80 %": lambda row: f"{row['p20_ms']:.4f} to {row['p80_ms']:.4f}",
-        "ratio to eager": lambda row: f"{row['ratio_to_eager']:.2f}",
-        **(further_columns or {}),
-    }
+WHAT = {  # a row is of: title -> function of a row that returns the text
+    "case": itemgetter("case"),
+    "shape": size_of,
+    **{name: itemgetter(name) for name in ("dtype", "memory_format", "device", "phase", "provider", "backend")},
+    "threads": lambda row: str(row["threads"]),
+}
+TIMES = {
+    "median ms": lambda row: f"{row['median_ms']:.4f}",
+    "20 to 80 %": lambda row: f"{row['p20_ms']:.4f} to {row['p80_ms']:.4f}",
+    "ratio to eager": lambda row: f"{row['ratio_to_eager']:.2f}",
+}
+
+
+def print_table(rows, columns):
     lines = [list(columns), *([text(row) for text in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -330,51 +365,69 @@ def write_json(args, machine, rows, **further_results):
 
 
 @contextlib.contextmanager
-def figure(args, machine, panels, size=(7, 5)):
-    """Yields ``panels`` axes side by side, and saves them where ``--plot`` says."""
+def figure(args, machine, panels, size=(7, 5), number=1):
+    """Yields ``panels`` axes side by side, and saves them where ``--plot`` says, from the second on under a number."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
     threads = " and ".join(map(str, machine["threads"]))
-    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {threads} threads, torch {machine['torch']}")
+    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {threads} threads, torch {machine['torch']}", fontsize=9)
     yield figure.subplots(1, panels, squeeze=False)[0]
     args.plot.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.plot, dpi=120)
+    figure.savefig(args.plot.with_stem(args.plot.stem + (f"-{number}" if number > 1 else "")), dpi=120)
 
 
 def milliseconds(row):
     return f"{row['median_ms']:.4g} ms"
 
 
+def pictures(rows):
+    """(phase, dtype, {label: rows}) of each picture: at most MOST_BARS rows, without what all are compared with."""
+    kinds, result = {}, []
+    for row in rows:
+        if row["provider"] != "eager" or row["ratio_to_eager"] != 1:
+            labels = kinds.setdefault((row["phase"], row["dtype"]), {})
+            labels.setdefault(f"{row['case']}\n{size_of(row)}\n{row['provider']}", []).append(row)
+    for kind, labels in kinds.items():
+        bars = MOST_BARS
+        for label, of_label in labels.items():
+            if bars + len(of_label) > MOST_BARS:
+                result.append((*kind, {}))
+                bars = 0
+            result[-1][-1][label] = of_label
+            bars += len(of_label)
+    return result
+
+
 def plot_ratios(args, machine, rows, label_of=milliseconds):
-    """Bars of how many times less than eager each takes, with the label beside them; a panel per phase."""
-    phases = list(dict.fromkeys(row["phase"] for row in rows))
-
-    def series_of(row):
-        return row["provider"], row["memory_format"], f"{row['threads']} threads"
-
-    series = list(dict.fromkeys(map(series_of, rows)))
-    groups = list(dict.fromkeys((row["case"], size_of(row), row["dtype"]) for row in rows))
-    height = 0.8 / len(series)
-    with figure(args, machine, len(phases), size=(7, 1.5 + 0.22 * len(series) * len(groups))) as panels:
-        for axes, phase in zip(panels, phases, strict=True):
-            for i, key in enumerate(series):
-                bars = [r for r in rows if r["phase"] == phase and series_of(r) == key]
-                places = [groups.index((r["case"], size_of(r), r["dtype"])) + i * height for r in bars]
-                drawn = axes.barh(places, [r["ratio_to_eager"] for r in bars], height, label=", ".join(key))
-                axes.bar_label(drawn, [label_of(r) for r in bars], padding=2, fontsize=7)
-            axes.set_yticks([i + 0.4 - height / 2 for i in range(len(groups))], ["\n".join(g) for g in groups])
-            axes.tick_params(labelleft=axes is panels[0])
+    """Bars from the line at 1, which is eager: to the right faster. The colour is the layout, the shade the threads."""
+    threads = sorted({row["threads"] for row in rows}, reverse=True)
+    for number, (phase, dtype, labels) in enumerate(pictures(rows), start=1):
+        count = sum(map(len, labels.values()))
+        with figure(args, machine, 1, (8, 1.5 + 0.22 * (count + len(labels))), number) as (axes,):
+            ticks, place, legend = [], 0, {}
+            for of_label in labels.values():
+                ticks.append(place + (len(of_label) - 1) / 2)
+                for row in of_label:
+                    shade = 1 - 0.6 * threads.index(row["threads"]) / len(threads)
+                    width = row["ratio_to_eager"] - 1
+                    colour = COLOURS[row["memory_format"]]
+                    bar = axes.barh(place, width, 0.9, left=1, color=colour, alpha=shade)
+                    legend.setdefault(f"{row['memory_format']}, {row['threads']} threads", bar)
+                    axes.bar_label(bar, [f"{row['ratio_to_eager']:.2f}, {label_of(row)}"], padding=2, fontsize=7)
+                    place += 1
+                place += 1
+            axes.set_yticks(ticks, labels, fontsize=7)
             axes.invert_yaxis()
-            axes.axvline(1, color="grey", linewidth=0.8)
-            axes.set(title=phase, xlabel="eager's / this one's")
-            axes.margins(x=0.15)
-        panels[-1].legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+            axes.axvline(1, color="black", linewidth=0.8)
+            axes.set(title=f"{phase}, {dtype}", xlabel="eager is 1; to the right faster")
+            axes.margins(x=0.25)
+            axes.legend(legend.values(), legend, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 
 
 def report(args, machine, rows, plot=plot_ratios, further_columns=None, **further_results):
     """Print the table; write the JSON, ``further_results`` as keys of their own in it, and the plot where asked to."""
-    print_table(rows, further_columns)
+    print_table(rows, WHAT | TIMES | (further_columns or {}))
     write_json(args, machine, rows, **further_results)
     if args.plot:
         plot(args, machine, rows)

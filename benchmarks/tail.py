@@ -152,12 +152,18 @@ def random_shapes(count):
     ]
 
 
+def shape_of(text):
+    """Of a tensor, written as 32x64x56x56; for argparse, which tells a ValueError with this function's name."""
+    batch, channels, height, width = (int(size) for size in text.split("x"))
+    return batch, channels, height, width
+
+
 def cases(args):
     names = ["batch_norm_add_relu"]
     if args.random:
         shapes, phases, names = random_shapes(args.random), PHASES[-1:], ["batch_norm_add_relu", "batch_norm_relu"]
     elif args.sizes is None:
-        shapes = [(args.batch_size, channels, side, side) for channels, side in STAGES]
+        shapes = args.shapes or [(args.batch_size, channels, side, side) for channels, side in STAGES]
         phases = PHASES
     else:
         import psutil  # see harness.run
@@ -214,7 +220,9 @@ def print_means(rows):
 
 
 def plot_ratios(args, machine, rows):
-    harness.plot_ratios(args, machine, [row for row in rows if row["provider"] != "copy"])
+    """Of whole training steps."""
+    steps = [row for row in rows if row["provider"] != "copy" and row["phase"] == PHASES[-1]]
+    harness.plot_ratios(args, machine, steps)
 
 
 def plot_sizes(args, machine, rows):
@@ -244,6 +252,7 @@ def main(argv=None):
         metavar="BYTES",
         help="forward+backward over these sizes of a tensor instead; 1 KiB to 1 GiB where none are named",
     )
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="NxCxHxW", help="instead of a ResNet-18's")
     parser.add_argument("--cold", action="store_true", help="rotate over more tensors than the caches hold")
     parser.add_argument("--random", type=int, metavar="N", help="forward+backward of both operators at N random shapes")
     parser.set_defaults(dtype=["float32", "bfloat16"], threads=sorted({1, torch.get_num_threads()}))

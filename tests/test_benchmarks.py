@@ -4,9 +4,14 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+from benchmarks import compare, harness
 
 from .test_build import ROOT
 
@@ -20,6 +25,7 @@ ALIKE = ["--device", "cpu", "--threads", "1", "--no-mallopt"]  # malloc would ke
 RUNS = {
     "tail": ["--batch-size", "1", *ONE_ROUND, "copy"],
     "tail-sizes": ["--sizes", "1024", "4096", "--dtype", "float32", *ONE_ROUND, "copy"],
+    "tail-shapes": ["--shapes", "1x8x4x4", "2x3x5x7", "--dtype", "float64", *ONE_ROUND],
     "tail-random": ["--random", "1", "--cold", "--dtype", "bfloat16", *ONE_ROUND],
     "overhead": ONE_ROUND,
     "overhead-backends": ["--backend", "cpu,eager", *ONE_ROUND],
@@ -47,6 +53,7 @@ ROW = {
     "p80_ms": float,
     "ratio_to_eager": float,
 }
+MACHINE = {"cpu", "cpu_count", "cpu_capability", "governor", "busy_percent", "torch", "threads", "mallopt"}
 PHASES = {"forward", "backward", "forward+backward", "train_step", "inference", "host_overhead"}
 
 
@@ -61,7 +68,7 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
     assert "median ms" in table and "ratio to eager" in table
     assert plot.read_bytes().startswith(b"\x89PNG")
     written = json.loads(results.read_text())
-    assert {"cpu", "torch", "threads", "mallopt"} <= written["machine"].keys()
+    assert written["machine"].keys() >= MACHINE
     for row in written["rows"]:
         assert name != "inference" or row.pop("first_two_calls_ms") > 0
         assert list(row) == list(ROW)
@@ -72,6 +79,86 @@ def test_benchmark_writes_table_json_and_plot(run, tmp_path, capsys):
         assert row["provider"] != "eager" or row["ratio_to_eager"] == 1
     fused = {"fused, cpu", "fused, eager"} if "--backend" in RUNS[run] else {"fused"}
     assert {"eager"} | fused <= {row["provider"] for row in written["rows"]}
+
+
+def test_shapes_are_those_asked_for_and_others_are_refused(capsys):
+    tail = importlib.import_module("benchmarks.tail")
+    assert tail.shape_of("1x8x4x4") == (1, 8, 4, 4)
+    with pytest.raises(SystemExit):
+        tail.main(["--shapes", "8x4x4"])
+    assert "invalid shape_of value: '8x4x4'" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not shutil.which("lscpu"), reason="no lscpu")
+def test_the_machine_is_told_with_its_caches():
+    told = harness._of_lscpu()
+    assert told["cpu"] and told["l2"].split()[1] in ("KiB", "MiB")
+
+
+@pytest.mark.parametrize("percent, warned", [(40.0, True), (2.0, False), (None, False)])
+def test_a_machine_that_others_use_is_told(percent, warned, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.harness._busy_percent", lambda: percent)
+    with harness.session(harness.make_parser("tail", "", 1).parse_args(ALIKE)) as machine:
+        assert machine["busy_percent"] == percent
+    assert ("not at rest, others used 40 % of its CPUs" in capsys.readouterr().out) == warned
+
+
+def _row(ms=2.0, noise=0.1, eager_ms=4.0, **changes):
+    row = dict.fromkeys(ROW, "") | {"shape": [32, 64, 24, 24], "phase": "train_step", "provider": "fused"}
+    times = {"median_ms": ms, "p20_ms": ms - noise, "p80_ms": ms + noise, "ratio_to_eager": eager_ms / ms}
+    return row | {"memory_format": "contiguous", "threads": 2} | times | changes
+
+
+def test_pictures_have_twenty_bars_at_most_and_none_of_eager():
+    shapes = [[32, channels, 8, 8] for channels in range(1, 8)]
+    rows = [
+        _row(shape=shape, memory_format=layout, threads=threads, provider=provider, ratio_to_eager=ratio, phase=phase)
+        for shape in shapes
+        for provider, ratio in (("eager", 1.0), ("fused", 2.0))
+        for layout in ("contiguous", "channels_last")
+        for threads in (1, 2)
+        for phase in ("forward", "backward")
+    ]
+    bars = [[row for of_label in labels.values() for row in of_label] for _, _, labels in harness.pictures(rows)]
+    assert [len(of_picture) for of_picture in bars] == [20, 8, 20, 8]
+    assert {row["provider"] for of_picture in bars for row in of_picture} == {"fused"}
+    assert [len({row["phase"] for row in of_picture}) for of_picture in bars] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "second, options, status, told",
+    [
+        (_row(2.3), [], 1, "0.87 0.79 to 0.95 SLOWER"),
+        (_row(2.15), [], 0, "0.93 0.84 to 1.02"),
+        (_row(1.5), [], 0, "1.33 1.19 to 1.50 faster"),
+        (_row(4.0, 0.2, eager_ms=8.0), [], 1, "SLOWER"),
+        (_row(4.0, 0.2, eager_ms=8.0), ["--to-eager"], 0, "1.00 0.90 to 1.11"),
+    ],
+    ids=["slower", "within noise", "faster", "a slower machine", "a slower machine, to eager"],
+)
+def test_two_runs_are_compared_beyond_their_noise(second, options, status, told, tmp_path, capsys):
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    for file, row, threads in zip(files, (_row(), second), (1, 2), strict=True):
+        machine = {"threads": threads, "busy_percent": 40.0 if threads == 2 else 0.0}
+        Path(file).write_text(json.dumps({"machine": machine, "rows": [row, _row(case=file)]}))
+    assert compare.main([*files, *options]) == status
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told in printed and "threads: 1, then 2" in printed and f"{files[1]}: warning" in printed
+    assert f"{status} of 1 slower beyond noise; 2 rows are in one file alone" in printed
+
+
+def test_runs_that_have_nothing_in_common_are_refused(tmp_path, capsys):
+    for file, case in (("a.json", "one"), ("b.json", "other")):
+        (tmp_path / file).write_text(json.dumps({"machine": {}, "rows": [_row(case=case)]}))
+    with pytest.raises(SystemExit):
+        compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert "no row in common" in capsys.readouterr().err
+
+
+def test_nothing_but_the_benchmarks_own_is_printed():
+    command = [sys.executable, "-m", "benchmarks.shares", "--models", "resnet18", "--rounds", "1", "--image-size", "32"]
+    done = subprocess.run([*command, "--batch-size", "2"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line for line in done.stderr.splitlines() if not re.search(r"it/s|s/it|\?it", line)] == []
 
 
 def test_the_sync_benchmark_counts_what_is_sent(tmp_path):

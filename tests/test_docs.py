@@ -100,7 +100,14 @@ def _results(file):
         rows = [row for row in rows if row["provider"] == "eager" or row["memory_format"] == "channels_last"]
     kinds = [{"memory_format": layout, "provider": p} for layout in layouts for p in providers]
     return {
-        "machine": {"cpu": "A CPU", "cpu_capability": "AVX2", "gpu": None, "threads": [1, 2], "torch": "2.14.1"},
+        "machine": {
+            "cpu": "A CPU",
+            "cpu_capability": "AVX2",
+            "l2": "4 MiB",
+            "gpu": None,
+            "threads": [1, 2],
+            "torch": "2.14.1",
+        },
         "rows": rows,
         "saved": [kind | {"case": "resnet18", "bytes": 2**27} for kind in kinds],
         "peaks": [kind | {"peak_mebibytes": 1020.4} for kind in kinds],
@@ -136,7 +143,7 @@ def test_every_table_is_written_from_results(written):
     _, networks = written["networks"]
     assert "| `resnet50`, training step, 32 of 96x96 | 300 | 301 | **200** | 201 |" in networks
     assert "| `resnet18`, inference, 8 of 96x96 | 300 | 301 | not timed | **151** |" in networks
-    assert "2 threads of A CPU (AVX2), torch 2.14.1." in networks
+    assert "2 threads of A CPU (AVX2, l2 4 MiB), torch 2.14.1." in networks
     assert "| `resnet18`, train step, 32 of 96x96 | contiguous | 250 | 300 / 200 = 1.50 |" in written["resnet18"][1]
     assert "| 1 KiB | 300 | 200 | 301 | 201 | 250 |" in written["sizes"][1]
     assert "| `resnet18` | 17 | 17 | 77,208 | 77,208 |" in written["sync"][1]
