@@ -390,6 +390,14 @@ FAULTS = [
     Fault("deferred against the will of another process", DEFERRED, "self.wants() and self.agreed is not False", "self.wants()", "synchronized"),
     Fault("second derivative of a part of the batch", AUTOGRAD, "        if training and ops.spans_processes:\n", "        if False:\n", "synchronized"),
     Fault("SyncBatchNorm left plain", LAYERS, "        if is_watched():\n            return super().forward(input)\n        self._check_input_dim", "        return super().forward(input)\n        self._check_input_dim", "synchronized"),
+    Fault("bench: an option that the benchmark lacks", "Makefile", "--epochs 1\n", "--epoch-count 1\n", "benchmarks"),
+    Fault("bench: slower within noise", "benchmarks/compare.py", 'if row["largest"] < 1', 'if row["ratio"] < 1', "benchmarks"),
+    Fault("bench: another machine's eager", "benchmarks/compare.py", "if to_eager else 1", "if False else 1", "benchmarks"),
+    Fault("bench: pictures of forty bars", "benchmarks/harness.py", "len(of_label) > MOST_BARS", "len(of_label) > 2 * MOST_BARS", "benchmarks"),
+    Fault("bench: a busy machine is not told", "benchmarks/harness.py", "> MOST_BUSY_PERCENT:", "> 100:", "benchmarks"),
+    Fault("bench: the profiler talks", "benchmarks/__init__.py", '"KINETO_LOG_LEVEL", "6"', '"KINETO_LOG_LEVEL", "5"', "benchmarks"),
+    Fault("docs: the ratio upside down", "benchmarks/docs.py", 'eager["median_ms"] / row["median_ms"]', 'row["median_ms"] / eager["median_ms"]', "docs"),
+    Fault("docs: a table without results goes", "benchmarks/docs.py", "            return match[0]", '            return ""', "docs"),
 ]  # fmt: skip
 
 
