@@ -365,6 +365,7 @@ FAULTS = [
     Fault("fast math in CFLAGS", "setup.py", 'strict = ["-fno-fast-math"]', "strict = []", "build"),
     Fault("builder's path in errors", "setup.py", 'f"-ffile-prefix-map={Path.cwd()}/="', '"-g0"', "build"),
     Fault("second import refused", "resnet_fused/triton_kernels/__init__.py", "    if not hasattr(getattr(torch.ops, NAMESPACE), _name):", "    if True:", "backend"),
+    Fault("an argument without a type", BACKEND, "def use_backend(name: str)", "def use_backend(name)", "types"),
     Fault("an old setuptools let through", "setup.py", "< MINIMUM_SETUPTOOLS", "< 0", "build"),
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
     Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
