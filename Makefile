@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
 SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
-.PHONY: setup test test-all test-slow mutate bench bench-all bench-gpu lint format clean
+.PHONY: setup test test-all test-slow mutate matrix bench bench-all bench-gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -34,6 +34,11 @@ test-slow: setup
 
 mutate: setup
 	$(BIN)/python -m tests.mutate
+
+# By the Pythons and the registry at hand; a session takes 6 GB of disk while it runs.
+matrix: setup
+	$(INSTALL) nox
+	$(BIN)/nox
 
 # $(call measure,BENCHMARK[,FILE]) and its options: JSON and plot in $(RESULTS). `make bench` leaves out bfloat16, compilers,
 # large sweeps and rounds: five minutes, of rows that mean what those of `make bench-all` do.
