@@ -15,7 +15,7 @@ CUT = "ops edges gradients blocks resnet fuse fuse_changes fusing inference pool
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"], venv_backend="venv")
 @nox.parametrize("torch", TORCHES)
 def matrix(session, torch):
-    session.install(f"torch=={torch}.*", "torchvision", "pytest", "pytest-xdist", "hypothesis", "numpy")
+    session.install(f"torch=={torch}.*", "torchvision", "timm", "pytest", "pytest-xdist", "hypothesis", "numpy")
     wheels = Path(".nox", "wheels", session.python)
     if not wheels.exists():
         session.install("setuptools>=77", "ninja", "pybind11", "packaging")
