@@ -72,15 +72,13 @@ def test_third_derivatives(training, with_residual):
 
 def test_with_constant_statistics_only_the_gradient_of_a_weight_keeps_an_input(backend, device, layout, with_residual):
     problem = Problem.random((4, 3, 6, 6), torch.float32, layout, device, with_residual, training=False)
-    call, leaves = _call(problem, False)
-    for leaf, name in zip(
-        leaves, [name for name in problem.DIFFERENTIABLE if getattr(problem, name) is not None], strict=True
-    ):
-        leaf.requires_grad_(not name.endswith("weight"))
+    needed = [name for name in problem.DIFFERENTIABLE if not name.endswith("weight")]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes), lambda packed: packed):
-        call(*leaves)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.nbytes) or tensor, lambda x: x):
+        problem.run(needs_grad=needed)
     assert 0 < sum(saved) < problem.input.nbytes / 4
+    for of_gradient in ("contiguous", "channels_last"):
+        problem.with_(grad_output=in_layout(problem.grad_output, of_gradient)).check(needs_grad=needed)
 
 
 CALLS = [*itertools.product(("forward", "recompute", "backward"), (True, False, "normalized"))]
