@@ -83,6 +83,33 @@ def instructions_of(text, name_of=str):
     }
 
 
+PTX = re.compile(r"\s+(?:@(!?%p\d+)\s+)?([a-z][\w.]*)\s*(.*);")
+PTX_FLOW = {"bra": "BRA", "ret": "RET", "exit": "EXIT"}
+
+
+def instructions_of_ptx(text, name_of=str):
+    """{name_of(kernel): [Instruction]} of nvcc's PTX, where divisions are still instructions."""
+    found = {}
+    for chunk in text.split(".entry ")[1:]:
+        name, labels, lines = chunk[: chunk.index("(")], {}, []
+        for line in chunk.split("\n.func ")[0].splitlines():
+            if label := re.match(r"(\$L\w+):", line):
+                labels[label[1]] = len(lines)
+            elif match := PTX.match(line):
+                lines.append(match.groups())
+        found[name_of(name)] = [
+            Instruction(
+                i,
+                predicate,
+                PTX_FLOW.get(operation.split(".")[0], operation),
+                operands,
+                tuple(labels[label] for label in re.findall(r"\$L\w+", operands) if operation.startswith("bra")),
+            )
+            for i, (predicate, operation, operands) in enumerate(lines)
+        ]
+    return found
+
+
 def _machine_code(cubin):
     """The section of a cubin that is executable: of a single kernel."""
     (at,), (count,) = struct.unpack_from("<Q", cubin, 40), struct.unpack_from("<H", cubin, 60)
@@ -132,10 +159,14 @@ def successors(code):
 
 
 def loops_of(code):
-    """The outermost loops, each a sorted list of indices: Tarjan's strongly connected components."""
-    following = list(successors(code))
+    """The outermost loops, each a sorted list of indices."""
+    return components(list(successors(code)))
+
+
+def components(following):
+    """The strongly connected components of more than a node, by Tarjan; ``following``: of each node those next."""
     order, lowest, on_stack, stack, loops = {}, {}, set(), [], []
-    for root in range(len(code)):
+    for root in range(len(following)):
         if root in order:
             continue
         work = [(root, iter(following[root]))]
@@ -176,3 +207,35 @@ def bits_of(instruction):
     suffixes = instruction.operation.split(".")
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
     return next((widths[suffix] for suffix in suffixes if suffix in widths), 32)
+
+
+def innermost_loops(code):
+    """The loops that hold no other: of each, what is left when nothing goes back to where it is entered."""
+
+    def innermost(loop, following):
+        inside = set(loop)
+        entries = {j for i, targets in enumerate(following) if i not in inside for j in targets} & inside
+        rest = [[j for j in targets if i in inside and j in inside - entries] for i, targets in enumerate(following)]
+        inner = components(rest)
+        return [found for part in inner for found in innermost(part, rest)] if inner else [loop]
+
+    following = list(successors(code))
+    return [found for loop in components(following) for found in innermost(loop, following)]
+
+
+def registers_of(operands):
+    return {int(number) for number in re.findall(r"\bR(\d+)\b", operands)}
+
+
+def loads_under_way(code, loop):
+    """16-byte loads of global memory that a thread has under way, at most, as it waits for one of them."""
+    pending, most = [], 0
+    for i in [*loop, *loop]:  # the first time round without those of the turn before
+        touched = registers_of(code[i].operands)
+        if any(touched & loaded for loaded in pending):
+            most = max(most, len(pending))
+            pending = [loaded for loaded in pending if not touched & loaded]
+        if code[i].is_one_of("LDG") and bits_of(code[i]) == 128:
+            first = int(re.search(r"\bR(\d+)\b", code[i].operands)[1])
+            pending.append(set(range(first, first + 4)))
+    return most

@@ -17,7 +17,18 @@ import pytest
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 
 from .conftest import represented
-from .sass import bits_of, find, instructions_of, is_global, loops_of, output_of, successors
+from .sass import (
+    bits_of,
+    find,
+    innermost_loops,
+    instructions_of,
+    instructions_of_ptx,
+    is_global,
+    loads_under_way,
+    loops_of,
+    output_of,
+    successors,
+)
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
@@ -295,6 +306,26 @@ def spills_in_loops(code):
     return [code[i].operation for loop in hot_loops(code) for i in loop if code[i].is_one_of("LDL", "STL")]
 
 
+def divisions_in_joins(code):
+    """Of PTX: divisions in the loops over sums, in shared memory and of other blocks, and of 64 bits anywhere."""
+    joins = [
+        loop
+        for loop in innermost_loops(code)
+        if any(code[i].operation.startswith(("ld.shared", "ld.global.cg")) for i in loop)
+    ]
+    inside = {i for loop in joins for i in loop}
+    return [
+        instruction.operation
+        for i, instruction in enumerate(code)
+        if re.match(r"(div|rem)\.[su]64" if i not in inside else r"div|rem|rcp", instruction.operation)
+    ]
+
+
+def bytes_in_flight(code):
+    """Of the loop over rows, on a multiprocessor, by as many threads as the plan counts on."""
+    return constants()["kResidentThreads"] * 16 * max(loads_under_way(code, loop) for loop in hot_loops(code))
+
+
 # The kernels ----------------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +378,29 @@ def test_the_loop_over_rows_moves_16_bytes_at_each_access(code):
     assert {kernel: found for kernel, found in faults.items() if found} == {}
 
 
+def least_bytes_in_flight(kernel):
+    """An H100 wants 32 to 40 KB. What gives 24 holds eight coefficients a column, or four and two stores."""
+    halves_of_both = kernel.variant == "add_batch_norm_relu" and kernel.element in ("half", "bfloat16")
+    return 24576 if halves_of_both or kernel.name == "input_gradient" else 32768
+
+
+@needs_nvdisasm
+def test_the_loop_over_rows_keeps_memory_busy(code):
+    found = {kernel: bytes_in_flight(code[kernel]) for kernel in ALL_KERNELS if kernel.is_full_width}
+    assert {str(kernel): count for kernel, count in found.items() if count < least_bytes_in_flight(kernel)} == {}
+
+
+@needs_nvcc
+def test_joining_sums_takes_no_division(tmp_path):
+    output_of(NVCC, *FLAGS, "-arch=sm_90", "-ptx", "-o", tmp_path / "kernels.ptx", KERNELS)
+    code = instructions_of_ptx((tmp_path / "kernels.ptx").read_text(), kernel_of)
+    assert set(code) == ALL_KERNELS | {"count_batches"}
+    assert {str(kernel): divisions_in_joins(code[kernel]) for kernel in code if divisions_in_joins(code[kernel])} == {}
+    for kernel in ALL_KERNELS:  # that the loops are found
+        sums = kernel.name in ("statistics", "gradient_sums")
+        assert any(i.operation.startswith("ld.global.cg") for i in code[kernel]) == sums
+
+
 @needs_nvdisasm
 def test_the_loop_over_rows_computes_in_float(code):
     kernels = [kernel for kernel in ALL_KERNELS if kernel.element != "double"]
@@ -392,6 +446,23 @@ KERNEL(doubles) {
 }
 KERNEL(doubles_in_a_function) {
   EACH_ROW { float4 v = x[i]; v.x = inverse(v.x); y[i] = v; }
+}
+KERNEL(loads_ahead) {
+  float4 v = x[threadIdx.x], w = x[threadIdx.x + blockDim.x];
+  for (int i = threadIdx.x; i < n; i += 2 * blockDim.x) {
+    y[i] = {sum(v), 1, 2, 3};
+    v = __ldg(x + i + 2 * blockDim.x);
+    y[i + blockDim.x] = {sum(w), 1, 2, 3};
+    w = __ldg(x + i + 3 * blockDim.x);
+  }
+}
+KERNEL(divides) {
+  __shared__ float sums[1024];
+  sums[threadIdx.x] = x[threadIdx.x].x;
+  __syncthreads();
+  float total = 0;
+  for (int i = threadIdx.x % 4; i < 1024; i += 4) total += sums[i / n * 32 + i % n];
+  mask[threadIdx.x] = total > 0;
 }
 KERNEL(atomic_float) {
   EACH_ROW atomicAdd((float*)y, sum(x[i]));
@@ -476,6 +547,22 @@ def test_a_narrow_access_is_found(planted_folder, name, expected, fault):
 )
 def test_a_planted_operation_is_found(planted_folder, check, name):
     assert check(planted(planted_folder)[1][name]) != []
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(("name", "loads"), [("loads_ahead", 2), ("right", 1)])
+def test_loads_under_way_are_counted(planted_folder, name, loads):
+    code = planted(planted_folder)[1][name]
+    assert max(loads_under_way(code, loop) for loop in hot_loops(code)) == loads
+
+
+@needs_nvcc
+def test_a_division_in_a_join_is_found(planted_folder):
+    planted(planted_folder)
+    output_of(NVCC, *FLAGS, "-arch=sm_90", "-ptx", "-o", planted_folder / "planted.ptx", planted_folder / "planted.cu")
+    code = instructions_of_ptx((planted_folder / "planted.ptx").read_text())
+    assert divisions_in_joins(code["divides"]) != []
+    assert divisions_in_joins(code["right"]) == []
 
 
 @needs_nvdisasm

@@ -44,10 +44,11 @@ ChannelVector channel_vector(const OptionalTensor& tensor) { return channel_vect
 
 void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-// In the accumulation type.
-Tensor scratch(const Tensor& input, int64_t rows, int64_t columns) {
+// Partial sums and coefficients, in the accumulation type.
+Tensor scratch(const Tensor& input, const Plan& plan) {
   const bool is_double = input.scalar_type() == ScalarType::Double;
-  return empty_tensor(input, {rows, columns}, is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return empty_tensor(input, {2 * plan.partials() + kCoefficients, plan.channels},
+                      is_double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
 }
 
 // Batch norm `i`'s, of `count` in one launch.
@@ -108,7 +109,7 @@ ForwardResults Cuda::forward(const ForwardArguments& a) try {
     }
     n.cumulative = !norm.momentum, n.momentum = norm.momentum.value_or(0), n.eps = norm.eps;
     if (a.takes_batch() && !is_empty) {
-      partials[i] = scratch(input, 2 * f.plan.partials(), a.channels());
+      partials[i] = scratch(input, f.plan);
       n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
     }
   }
@@ -132,7 +133,7 @@ Tensor Cuda::statistics(const NormArguments& a) try {
   f.type = element_type(a.input), f.count = 1, f.training = true;
   f.plan = plan_of(extents_of(a.input, format), static_cast<int>(a.input.element_size()),
                    is_aligned({dense.data_ptr()}), device.multiprocessors());
-  const Tensor partials = scratch(a.input, 2 * f.plan.partials(), channels);
+  const Tensor partials = scratch(a.input, f.plan);
   NormForward& n = f.norms[0];
   n.input = dense.data_ptr(), n.statistics = statistics_of(statistics, 0, channels), n.eps = a.eps;
   n.scratch = scratch_of(partials, device, channels, 0, 1);
@@ -157,7 +158,7 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
     return grad;
   }
   const Tensor dy = as_format(a.grad_output, format);
-  std::array<Tensor, 2> dense, projections, partials;
+  std::array<Tensor, 2> dense, partials;
   for (int i = 0; i < a.count; ++i) dense[i] = as_format(a.norms[i].input, format);
 
   Backward b{};
@@ -178,12 +179,9 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
     n.grad_input_bias = channel_vector(gradients.input_bias), n.grad_input = pointer(gradients.input);
     if (a.training && norm.needed.input && a.grad_means) {
       n.grad_means = statistics_of(*a.grad_means, i, a.channels());
-    } else if (a.training && norm.needed.input) {
-      projections[i] = scratch(input, 2, a.channels());
-      n.projection = projections[i].data_ptr();
     }
     if (a.takes_sums(i)) {
-      partials[i] = scratch(input, 2 * b.plan.partials(), a.channels());
+      partials[i] = scratch(input, b.plan);
       n.scratch = scratch_of(partials[i], device, a.channels(), i, a.count);
     }
   }

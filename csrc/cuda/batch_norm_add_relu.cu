@@ -93,6 +93,7 @@ template <typename A>
 struct Coefficients {
   A mean, scale, shift;
 
+  __device__ __forceinline__ Coefficients(A mean, A scale, A shift) : mean(mean), scale(scale), shift(shift) {}
   __device__ __forceinline__ Coefficients(double exact_mean, double invstd, double weight, double bias)
       : mean(static_cast<A>(exact_mean)), scale(static_cast<A>(invstd * weight)) {
     const double dropped = exact_mean - static_cast<double>(mean);
@@ -100,6 +101,12 @@ struct Coefficients {
     shift = static_cast<A>(exact ? bias : bias - dropped * static_cast<double>(scale));
   }
 };
+
+// A channel's, each of (C,), that the last block to arrive at it leaves behind the partial sums.
+template <typename A>
+__device__ __forceinline__ Global<A> coefficients_of(const Plan& plan, const Scratch& scratch) {
+  return {static_cast<A*>(scratch.partials) + 2 * plan.partials() * plan.channels, kCoefficients * plan.channels};
+}
 
 // ---- Where a block and a thread stand ----
 
@@ -131,18 +138,11 @@ struct Position {
   __device__ __forceinline__ int64_t tile_end() const { return smaller(tile_begin + plan.tile_columns, plan.columns); }
   __device__ __forceinline__ int threads() const { return static_cast<int>(blockDim.x * blockDim.y); }
 
-  // Calls f(row) for the thread's rows, every `blockDim.y`th, as often in every thread of the block: with a row that
-  // is not of the split where others have one more.
-  template <bool kReverse, typename F>
-  __device__ __forceinline__ void for_each_row(F f) const {
-    const int64_t first = kReverse ? row_end - blockDim.y : row_begin;
-#pragma unroll 1  // loads do not pass the stores before them, so that unrolled turns cost registers for nothing
-    for (int64_t done = 0; done < row_end - row_begin; done += blockDim.y) {
-      f((kReverse ? first - done : first + done) + threadIdx.y);
-    }
+  // Calls f(c, channel) for the thread's share of the tile's channels; c counts from the tile's first.
+  template <typename F>
+  __device__ __forceinline__ void for_each_tile_channel(F f) const {
+    for (int c = thread; c < tile_channels; c += threads()) f(c, first_channel + c);
   }
-
-  __device__ __forceinline__ bool has(int64_t row) const { return inside && row >= row_begin && row < row_end; }
 
   // Calls f(k, channel) for the thread's columns; the channel counts from the tile's first.
   template <typename F>
@@ -183,6 +183,64 @@ struct Position {
     return Group(lanes, thread);
   }
 };
+
+// Where a thread's columns of a row begin: an element, and a byte of the mask.
+struct Place {
+  int64_t element, byte;
+};
+
+// The thread's rows, every `blockDim.y`th of the split's: load(place) of the first kAhead by begin(), while
+// coefficients are waited for, and of the others that many rows ahead of their use.
+template <int kWidth, bool kReverse, int kAhead, typename F>
+class Rows {
+ public:
+  __device__ __forceinline__ Rows(const Position<kWidth>& position, F load) : load_(load), plan_(position.plan) {
+    const Plan& plan = position.plan;
+    const int64_t rows = position.row_end - position.row_begin;
+    const int64_t row = kReverse ? position.row_end - 1 - threadIdx.y : position.row_begin + threadIdx.y;
+    turns_ = static_cast<int>((rows + blockDim.y - 1) / plan.threads_y);
+    own_ = position.inside ? static_cast<int>((rows + blockDim.y - 1 - threadIdx.y) / plan.threads_y) : 0;
+    place_ = {row * plan.columns + position.column, row * plan.mask_stride() + position.column / 8};
+  }
+
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (i < own_) loaded_[i] = load_(ahead(i));
+    }
+  }
+
+  // Calls f(place, is_own, loaded), as often in every thread of the block: where others have more rows, not of its own.
+  template <typename G>
+  __device__ __forceinline__ void for_each(G f) {
+#pragma unroll 1
+    for (; turns_ > 0; turns_ -= kAhead, own_ -= kAhead) {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        f(place_, i < own_, loaded_[i]);
+        if (i + kAhead < own_) loaded_[i] = load_(ahead(kAhead));
+        place_ = ahead(1);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ Place ahead(int rows) const {
+    const int64_t step = (kReverse ? -rows : rows) * static_cast<int64_t>(blockDim.y);
+    return {place_.element + step * plan_.columns, place_.byte + step * plan_.mask_stride()};
+  }
+
+  F load_;
+  int turns_, own_;  // rows that are left to any thread of the block, and to this one
+  Place place_;
+  const Plan& plan_;
+  decltype(std::declval<F>()(Place{})) loaded_[kAhead];
+};
+
+template <int kAhead, bool kReverse, int kWidth, typename F>
+__device__ __forceinline__ Rows<kWidth, kReverse, kAhead, F> rows_of(const Position<kWidth>& position, F load) {
+  return {position, load};
+}
 
 // The block's, of the one or two batch norms in a Forward or Backward. (A division would spill on sm_120.)
 template <typename P>
@@ -250,7 +308,7 @@ class Partials {
   // sums. The second is loaded where it is needed. A load takes some 300 cycles, from L2: several are on their way.
   template <typename F>
   __device__ __forceinline__ void for_each_part(const Group& group, const Parts& parts, bool needs_second, F f) const {
-    constexpr int kAtOnce = 6;
+    constexpr int kAtOnce = 4;
     const int64_t step = group.lanes * plan_.channels, others = at(1, 0, 0);
     int64_t next = at(0, group.lane, parts.channel);
     const int last_tile = static_cast<int>(parts.last_tile - parts.first_tile);
@@ -336,8 +394,15 @@ __device__ __attribute__((noinline)) void finish_statistics(const Forward& forwa
   const double n = static_cast<double>(plan.rows) * static_cast<double>(plan.inner);
   m2 = m2 < 0 ? 0 : m2;  // by rounding; NaN stays
   const Global<double> statistics(f.statistics, 2 * plan.channels);
+  const double invstd = 1 / sqrt(m2 / n + f.eps);
   statistics.store(c, mean);
-  statistics.store(plan.channels + c, 1 / sqrt(m2 / n + f.eps));
+  statistics.store(plan.channels + c, invstd);
+  const Coefficients<acc_t<T>> coefficients(mean, invstd, load(f.weight, plan.channels, c, 1),
+                                            load(f.bias, plan.channels, c, 0));
+  const Global<acc_t<T>> ready = coefficients_of<acc_t<T>>(plan, f.scratch);
+  ready.store(c, coefficients.mean);
+  ready.store(plan.channels + c, coefficients.scale);
+  ready.store(2 * plan.channels + c, coefficients.shift);
   double factor = f.momentum;
   // `normalize` will count this batch.
   if (f.cumulative) factor = 1 / static_cast<double>(Global<const int64_t>(f.num_batches_tracked, 1).load(0) + 1);
@@ -363,10 +428,11 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Position<kWidth> position(plan, false, f.count);
   const Global<const T> input(static_cast<const T*>(norm.input), plan.rows * plan.columns);
 
+  auto rows = rows_of<3, false>(
+      position, [&](Place place) { return Packed<T, kWidth>(input.template load_vector<kWidth>(place.element)); });
+  rows.begin();
   __shared__ Shared<A, kMaxTileX * kWidth> origins;
-  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    origins.store(c, origin_of(input, plan, position.first_channel + c));
-  }
+  position.for_each_tile_channel([&](int c, int64_t channel) { origins.store(c, origin_of(input, plan, channel)); });
   __syncthreads();
 
   // Each column by itself: Welford's update for m2, which no origin can spoil, and a plain sum, which an infinity does
@@ -374,25 +440,23 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   A origin[kWidth], mean[kWidth], m2[kWidth], sum[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) origin[k] = mean[k] = m2[k] = sum[k] = 0;
-  if (position.inside) {
-    position.for_each_column([&](int k, int channel) { origin[k] = origins.load(channel); });
-    int count = 0;
-    A share = 0;
-#pragma unroll(sizeof(T) == 4 ? 2 : 1)  // as registers allow, without a spill
-    for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
-      const auto x = input.template load_vector<kWidth>(row * plan.columns + position.column);
-      share = 1 / static_cast<A>(++count);
+  if (position.inside) position.for_each_column([&](int k, int channel) { origin[k] = origins.load(channel); });
+  int count = 0;
+  A share = 0;
+  rows.for_each([&](Place, bool is_own, const Packed<T, kWidth>& loaded) {
+    if (!is_own) return;
+    const auto x = loaded.unpacked();
+    share = 1 / static_cast<A>(++count);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const A value = widen(x[k]) - origin[k], deviation = value - mean[k];
-        mean[k] += deviation * share;
-        m2[k] += deviation * (value - mean[k]);
-        sum[k] += value;
-      }
+    for (int k = 0; k < kWidth; ++k) {
+      const A value = widen(x[k]) - origin[k], deviation = value - mean[k];
+      mean[k] += deviation * share;
+      m2[k] += deviation * (value - mean[k]);
+      sum[k] += value;
     }
+  });
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) mean[k] = sum[k] * share;
-  }
+  for (int k = 0; k < kWidth; ++k) mean[k] = sum[k] * share;
 
   __shared__ Shared<A, kMaxThreads * kWidth> means, m2s;
 #pragma unroll
@@ -403,15 +467,15 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   }
   __syncthreads();
 
-  const int64_t rows = position.row_end - position.row_begin, turns = rows / plan.threads_y;
+  const int64_t size = position.row_end - position.row_begin, turns = size / plan.threads_y;
   const A fewest = static_cast<A>(turns);                            // rows of a thread: those of the first rows
-  const int left = static_cast<int>(rows - turns * plan.threads_y);  // of threads have one more
+  const int left = static_cast<int>(size - turns * plan.threads_y);  // of threads have one more
   const Group group = position.group();
   const Partials<A> partials(plan, norm.scratch);
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
-    const Moments<A> of_block = join(group, static_cast<A>((end - begin) * rows), [&](bool, auto f) {
+    const Moments<A> of_block = join(group, static_cast<A>((end - begin) * size), [&](bool, auto f) {
       position.for_each_value(group, begin, end,
                               [&](int at, int y) { f(y < left ? fewest + 1 : fewest, means.load(at), m2s.load(at)); });
     });
@@ -459,18 +523,48 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     for (const NormForward& norm : f.norms) count_batch(norm.num_batches_tracked);
   }
 
+  const int64_t size = plan.rows * plan.columns;
+  const Global<const T> input(static_cast<const T*>(f.norms[0].input), size);
+  const Global<const T> residual(static_cast<const T*>(f.residual), size);
+  struct Loaded {
+    Packed<T, kWidth> x, r;
+  };
+  // As registers allow, without a spill.
+  constexpr int kAhead = kResidual == Residual::none ? 3 : kResidual == Residual::normalized && sizeof(T) == 2 ? 1 : 2;
+  auto rows = rows_of<kAhead, true>(position, [&](Place place) {
+    Loaded loaded;
+    loaded.x = input.template load_vector<kWidth>(place.element);
+    if (kResidual != Residual::none) loaded.r = residual.template load_vector<kWidth>(place.element);
+    return loaded;
+  });
+
   constexpr int kNorms = kResidual == Residual::normalized ? 2 : 1;
   __shared__ Shared<A, kMaxTileX * kWidth> means[kNorms], scales[kNorms], shifts;
-  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    A sum_of_shifts = 0;
+  const auto store_coefficients = [&](auto of_norm) {
+    position.for_each_tile_channel([&](int c, int64_t channel) {
+      A sum_of_shifts = 0;
 #pragma unroll 1  // unrolled, it would spill on sm_120
-    for (int i = 0; i < kNorms; ++i) {
-      const auto coefficients = forward_coefficients<T>(f.norms[i], f.training, position, position.first_channel + c);
-      means[i].store(c, coefficients.mean);
-      scales[i].store(c, coefficients.scale);
-      sum_of_shifts += coefficients.shift;
-    }
-    shifts.store(c, sum_of_shifts);
+      for (int i = 0; i < kNorms; ++i) {
+        const Coefficients<A> coefficients = of_norm(f.norms[i], channel);
+        means[i].store(c, coefficients.mean);
+        scales[i].store(c, coefficients.scale);
+        sum_of_shifts += coefficients.shift;
+      }
+      shifts.store(c, sum_of_shifts);
+    });
+  };
+  if (f.training && !f.given) {
+    rows.begin();
+    store_coefficients([&](const NormForward& norm, int64_t channel) {
+      const Global<A> ready = coefficients_of<A>(plan, norm.scratch);
+      return Coefficients<A>{ready.load(channel), ready.load(plan.channels + channel),
+                             ready.load(2 * plan.channels + channel)};
+    });
+  } else {
+    store_coefficients([&](const NormForward& norm, int64_t channel) {
+      return forward_coefficients<T>(norm, f.training, position, channel);
+    });
+    rows.begin();  // after them, as registers do not hold both
   }
   __syncthreads();
   A mean[kNorms][kWidth], scale[kNorms][kWidth], shift[kWidth];
@@ -482,19 +576,13 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     });
   }
 
-  const int64_t size = plan.rows * plan.columns;
-  const Global<const T> input(static_cast<const T*>(f.norms[0].input), size);
-  const Global<const T> residual(static_cast<const T*>(f.residual), size);
   const Global<T> output(static_cast<T*>(f.output), size);
   const Global<uint8_t> mask(f.mask, plan.rows * plan.mask_stride());
-  position.template for_each_row<true>([&](int64_t row) {
+  rows.for_each([&](Place place, bool is_own, const Loaded& loaded) {
     unsigned passed = 0;
-    const bool inside = position.has(row);
-    if (inside) {
-      const int64_t at = row * plan.columns + position.column;
-      const auto x = input.template load_vector<kWidth>(at);
-      Vector<T, kWidth> r, y;
-      if (kResidual != Residual::none) r = residual.template load_vector<kWidth>(at);
+    if (is_own) {
+      const auto x = loaded.x.unpacked(), r = loaded.r.unpacked();
+      Vector<T, kWidth> y;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
         A value = (widen(x[k]) - mean[0][k]) * scale[0][k] + shift[k];
@@ -503,7 +591,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
         y[k] = narrow<T>(0 > value ? 0 : value);  // NaN passes
         passed |= static_cast<unsigned>(!(widen(y[k]) <= 0)) << k;
       }
-      output.template store_vector<kWidth>(at, y);
+      output.template store_vector<kWidth>(place.element, y);
     }
     if (!mask) return;
     // A byte of the mask is 8 columns, those of 8 / kWidth adjacent lanes.
@@ -513,9 +601,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
         passed |= __shfl_down_sync(0xffffffffu, passed, bits / kWidth) << bits;
       }
     }
-    if (inside && threadIdx.x % (8 / kWidth) == 0) {
-      mask.store(row * plan.mask_stride() + position.column / 8, static_cast<uint8_t>(passed));
-    }
+    if (is_own && threadIdx.x % (8 / kWidth) == 0) mask.store(place.byte, static_cast<uint8_t>(passed));
   });
 }
 
@@ -530,25 +616,32 @@ __global__ void count_batches(const __grid_constant__ Forward f) {
 template <typename T, int kWidth>
 struct Gradient {
   using A = acc_t<T>;
-  const Plan& plan;
   Global<const T> grad_output, input;
   Global<const uint8_t> mask;
 
   __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm)
-      : plan(b.plan),
-        grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
+      : grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
         input(static_cast<const T*>(norm.input), b.plan.rows * b.plan.columns),
         mask(b.mask, b.plan.rows * b.plan.mask_stride()) {}
+
+  struct Loaded {
+    Packed<T, kWidth> g, x;
+    unsigned bits;
+  };
+  __device__ __forceinline__ Loaded load(Place place, bool needs_input) const {
+    Loaded loaded;
+    loaded.g = grad_output.template load_vector<kWidth>(place.element);
+    if (needs_input) loaded.x = input.template load_vector<kWidth>(place.element);
+    loaded.bits = mask.load(place.byte);
+    return loaded;
+  }
 
   // Calls f(k, g, centered) for the columns of a row; g as stored, centered = input - mean. A select, not a product,
   // so that a NaN gradient where the output is <= 0 gives 0.
   template <typename F>
-  __device__ __forceinline__ void for_each(int64_t row, int64_t column, bool needs_input, const A* mean, F f) const {
-    const int64_t at = row * plan.columns + column;
-    const auto g = grad_output.template load_vector<kWidth>(at);
-    Vector<T, kWidth> x;
-    if (needs_input) x = input.template load_vector<kWidth>(at);
-    const unsigned bits = mask.load(row * plan.mask_stride() + column / 8) >> (column % 8);
+  __device__ __forceinline__ void for_each(const Loaded& loaded, bool needs_input, const A* mean, F f) const {
+    const auto g = loaded.g.unpacked(), x = loaded.x.unpacked();
+    const unsigned bits = loaded.bits >> (threadIdx.x * kWidth % 8);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       f(k, bits >> k & 1 ? g[k] : narrow<T>(0), needs_input ? widen(x[k]) - mean[k] : 0);
@@ -586,11 +679,13 @@ __device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBac
   store(b.grad_weight, plan.channels, c, dot * invstd);
   // Batch statistics cancel a bias of the input, running ones let it through as they do the input.
   store(b.grad_input_bias, plan.channels, c, training ? 0 : sum * static_cast<double>(coefficients.scale));
-  if (b.projection == nullptr) return;
+  if (!b.projects(training)) return;
   const Projection<A> values(dropped, invstd, sum / n, dot * invstd / n);
-  const Global<A> projection(static_cast<A*>(b.projection), 2 * plan.channels);
-  projection.store(c, values.offset);
-  projection.store(plan.channels + c, values.slope);
+  const Global<A> ready = coefficients_of<A>(plan, b.scratch);
+  ready.store(c, coefficients.mean);
+  ready.store(plan.channels + c, coefficients.scale);
+  ready.store(2 * plan.channels + c, values.offset);
+  ready.store(3 * plan.channels + c, values.slope);
 }
 
 template <typename T, int kWidth>
@@ -601,27 +696,27 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, false, b.count);
 
+  using Loaded = typename Gradient<T, kWidth>::Loaded;
+  const Gradient<T, kWidth> gradient(b, norm);
+  auto rows = rows_of<2, false>(position, [&](Place place) { return gradient.load(place, true); });
+  rows.begin();
   __shared__ Shared<A, kMaxTileX * kWidth> means;
   const Global<const double> statistics(norm.statistics, 2 * plan.channels);
-  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    means.store(c, static_cast<A>(statistics.load(position.first_channel + c)));
-  }
+  position.for_each_tile_channel(
+      [&](int c, int64_t channel) { means.store(c, static_cast<A>(statistics.load(channel))); });
   __syncthreads();
   A mean[kWidth], sum[kWidth], dot[kWidth];
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) sum[k] = dot[k] = 0;
-  if (position.inside) {
-    position.for_each_column([&](int k, int channel) { mean[k] = means.load(channel); });
-    const Gradient<T, kWidth> gradient(b, norm);
-#pragma unroll(kWidth < 8 ? 2 : 1)
-    for (int64_t row = position.row_begin + threadIdx.y; row < position.row_end; row += blockDim.y) {
-      gradient.for_each(row, position.column, true, mean, [&](int k, T masked, A centered) {
-        const A g = widen(masked);
-        sum[k] += g;
-        dot[k] += g * centered;
-      });
-    }
-  }
+  if (position.inside) position.for_each_column([&](int k, int channel) { mean[k] = means.load(channel); });
+  rows.for_each([&](Place, bool is_own, const Loaded& loaded) {
+    if (!is_own) return;
+    gradient.for_each(loaded, true, mean, [&](int k, T masked, A centered) {
+      const A g = widen(masked);
+      sum[k] += g;
+      dot[k] += g * centered;
+    });
+  });
 
   __shared__ Shared<A, kMaxThreads * kWidth> sums, dots;
 #pragma unroll
@@ -667,26 +762,34 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, true, b.count);
 
+  using Loaded = typename Gradient<T, kWidth>::Loaded;
+  const Gradient<T, kWidth> gradient(b, norm);
+  const bool projects = norm.projects(b.training) || norm.grad_means != nullptr;
+  auto rows = rows_of<1, true>(position, [&](Place place) { return gradient.load(place, projects); });
+  rows.begin();
   __shared__ Shared<A, kMaxTileX * kWidth> means, scales, offsets, slopes;
-  const bool projects = norm.projection != nullptr || norm.grad_means != nullptr;
-  const Global<const A> projection(static_cast<const A*>(norm.projection), 2 * plan.channels);
-  const Global<const double> grad_means(norm.grad_means, 2 * plan.channels);
-  for (int c = position.thread; c < position.tile_channels; c += position.threads()) {
-    const int64_t channel = position.first_channel + c;
-    const auto coefficients = backward_coefficients<A>(norm, plan.channels, channel);
-    means.store(c, coefficients.mean);
-    scales.store(c, coefficients.scale);
-    if (grad_means) {
-      const Global<const double> statistics(norm.statistics, 2 * plan.channels);
-      const double dropped = statistics.load(channel) - static_cast<double>(coefficients.mean);
-      const Projection<A> given(dropped, statistics.load(plan.channels + channel), grad_means.load(channel),
-                                grad_means.load(plan.channels + channel));
-      offsets.store(c, given.offset);
-      slopes.store(c, given.slope);
-    } else {
-      offsets.store(c, projects ? projection.load(channel) : 0);
-      slopes.store(c, projects ? projection.load(plan.channels + channel) : 0);
-    }
+  const auto store_coefficients = [&](int c, A mean, A scale, A offset, A slope) {
+    means.store(c, mean), scales.store(c, scale), offsets.store(c, offset), slopes.store(c, slope);
+  };
+  if (norm.projects(b.training)) {
+    const Global<A> ready = coefficients_of<A>(plan, norm.scratch);
+    position.for_each_tile_channel([&](int c, int64_t channel) {
+      store_coefficients(c, ready.load(channel), ready.load(plan.channels + channel),
+                         ready.load(2 * plan.channels + channel), ready.load(3 * plan.channels + channel));
+    });
+  } else {
+    const Global<const double> statistics(norm.statistics, 2 * plan.channels),
+        grad_means(norm.grad_means, 2 * plan.channels);
+    position.for_each_tile_channel([&](int c, int64_t channel) {
+      const auto coefficients = backward_coefficients<A>(norm, plan.channels, channel);
+      Projection<A> given(0, 0, 0, 0);
+      if (grad_means) {
+        const double dropped = statistics.load(channel) - static_cast<double>(coefficients.mean);
+        given = Projection<A>(dropped, statistics.load(plan.channels + channel), grad_means.load(channel),
+                              grad_means.load(plan.channels + channel));
+      }
+      store_coefficients(c, coefficients.mean, coefficients.scale, given.offset, given.slope);
+    });
   }
   __syncthreads();
   A mean[kWidth], scale[kWidth], offset[kWidth], slope[kWidth];
@@ -698,21 +801,19 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   }
 
   const int64_t size = plan.rows * plan.columns;
-  const Gradient<T, kWidth> gradient(b, norm);
   const Global<T> grad_input(static_cast<T*>(norm.grad_input), size),
       grad_residual(static_cast<T*>(b.grad_residual), size);
-  position.template for_each_row<true>([&](int64_t row) {
-    if (!position.has(row)) return;
-    const int64_t at = row * plan.columns + position.column;
+  rows.for_each([&](Place place, bool is_own, const Loaded& loaded) {
+    if (!is_own) return;
     Vector<T, kWidth> dx, dr;
-    gradient.for_each(row, position.column, projects, mean, [&](int k, T masked, A centered) {
+    gradient.for_each(loaded, projects, mean, [&](int k, T masked, A centered) {
       A g = widen(masked);
       if (projects) g = g - offset[k] - centered * slope[k];
       dx[k] = narrow<T>(g * scale[k]);
       dr[k] = masked;
     });
-    if (grad_input) grad_input.template store_vector<kWidth>(at, dx);
-    if (grad_residual) grad_residual.template store_vector<kWidth>(at, dr);
+    if (grad_input) grad_input.template store_vector<kWidth>(place.element, dx);
+    if (grad_residual) grad_residual.template store_vector<kWidth>(place.element, dr);
   });
 }
 

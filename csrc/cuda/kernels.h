@@ -20,8 +20,9 @@ struct ChannelVector {
 
 // Pointers to device memory. Tensors are dense, as the plan says; scratch vectors are in the accumulation type, double
 // where `type` is float64, else float.
+constexpr int kCoefficients = 4;  // at most, that one kernel of a pair leaves for the other
 struct Scratch {
-  void* partials;     // [2, plan.partials(), C]
+  void* partials;     // [2, plan.partials(), C], then [kCoefficients, C]
   unsigned* arrived;  // (C,), zeros: blocks that have handed over their partial sums. Left as it was found.
 };
 
@@ -53,9 +54,11 @@ struct NormBackward {
   const double* statistics;
   ChannelVector weight, bias, grad_weight, grad_bias, grad_input_bias;
   void* grad_input;          // nullptr where not needed
-  void* projection;          // [2, C], where batch statistics are differentiated
-  const double* grad_means;  // [2, C]: given, in the place of a projection, or nullptr
+  const double* grad_means;  // [2, C]: given, in the place of sums, or nullptr
   Scratch scratch;           // where anything is summed, else nullptrs
+
+  // Whether batch statistics are differentiated, by sums of its own.
+  constexpr bool projects(bool training) const { return training && grad_input != nullptr && grad_means == nullptr; }
 };
 
 struct Backward {

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 namespace resnet_fused::cuda {
@@ -18,6 +19,31 @@ struct alignas(n * sizeof(T)) Vector {
   T values[n];
   __host__ __device__ __forceinline__ T& operator[](int i) { return values[i]; }
   __host__ __device__ __forceinline__ const T& operator[](int i) const { return values[i]; }
+};
+
+// A Vector that is loaded ahead, in words: of its elements nvcc would take halves apart, and doubles somewhere else, as
+// soon as they are loaded, and so wait for them.
+template <typename T, int n>
+class Packed {
+ public:
+  Packed() = default;
+  __device__ __forceinline__ Packed(const Vector<T, n>& vector) { memcpy(words_, &vector, sizeof(vector)); }
+  __device__ __forceinline__ Vector<T, n> unpacked() const {
+    Vector<T, n> vector;
+    Packed copy = *this;
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 8) {
+#pragma unroll
+      for (uint32_t& word : copy.words_) asm volatile("" : "+r"(word));  // not to be a double before it is used
+    }
+#endif
+    memcpy(&vector, copy.words_, sizeof(vector));
+    return vector;
+  }
+
+ private:
+  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, uint32_t, T>;
+  Word words_[n * sizeof(T) / sizeof(Word)];
 };
 
 }  // namespace resnet_fused::cuda
@@ -54,8 +80,16 @@ class Global {
   }
   template <int n>
   __device__ __forceinline__ void store_vector(int64_t i, const Vector<Value, n>& values) const {
-    __builtin_assume(__isGlobal(elements_));  // else sm_120 takes a generic store where a branch picks the pointer
-    *reinterpret_cast<Vector<T, n>*>(elements_ + i) = values;
+    // Of a plain store nvcc may make four, and for sm_120 generic ones.
+    if constexpr (sizeof(values) == sizeof(uint4)) {
+      const uint4& bits = reinterpret_cast<const uint4&>(values);
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(elements_ + i)),
+                   "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                   : "memory");
+    } else {
+      __builtin_assume(__isGlobal(elements_));  // else sm_120 takes a generic store where a branch picks the pointer
+      *reinterpret_cast<Vector<T, n>*>(elements_ + i) = values;
+    }
   }
 
   // Counts 0, 1, ..., last, 0, ...; returns the count before.
