@@ -11,7 +11,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet
 CXX_SOURCES := $(foreach extension,cpp h cu cuh,$(wildcard csrc/*.$(extension) csrc/*/*.$(extension)))
 SOURCES := setup.py pyproject.toml $(CXX_SOURCES)
 
-.PHONY: setup test test-all test-slow mutate matrix bench bench-all bench-gpu lint format clean
+.PHONY: setup test test-all test-slow fuzz mutate matrix bench bench-all bench-gpu lint format clean
 .DELETE_ON_ERROR:
 
 setup: $(BUILT)
@@ -31,6 +31,13 @@ test test-all: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Says its seed, and of a failure the smallest problem that fails. FUZZ: further options of pytest.
+SEED ?= $(shell date +%s)
+FUZZ_ALL = -m pytest tests/test_properties.py -k any_problem --hypothesis-profile=fuzz --hypothesis-seed=$(SEED) $(FUZZ)
+fuzz: setup
+	$(BIN)/python $(FUZZ_ALL)
+	TRITON_INTERPRET=1 $(BIN)/python $(FUZZ_ALL)
 
 mutate: setup
 	$(BIN)/python -m tests.mutate

@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import resnet_fused
 from resnet_fused import autograd, use_backend
@@ -42,6 +43,23 @@ EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
 # Elements: an emulated kernel takes microseconds for each, an interpreted one milliseconds for every 2048.
 LARGEST_EMULATED = 12_000 if IS_INTERPRETED else 50_000
 MOST_CHANNELS_INTERPRETED = 256  # of which some kernels have a program each
+
+# Of every property; ``make fuzz`` chooses the second by --hypothesis-profile.
+settings.register_profile(
+    "suite",
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile(
+    "fuzz",
+    settings.get_profile("suite"),
+    max_examples=1_000 if IS_INTERPRETED else 10_000,
+    derandomize=False,
+    print_blob=True,
+)
+settings.load_profile("suite")
 
 WITH_RESIDUAL = {True: "add_relu", False: "relu", "normalized": "add_batch_norm_relu"}
 LAYOUTS = ("contiguous", "channels_last")

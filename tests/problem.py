@@ -158,7 +158,9 @@ class Problem:
         actual, expected = self.run(**kwargs), self.reference(**kwargs)
         edge = (actual["output"] > 0).cpu() != (expected["output"] > 0)
         if edge.any():  # rounding decides the side of 0, in one output of a million or so: send no gradient there
-            assert edge.sum() <= 1 + 1e-5 * edge.numel()
+            sizes = torch.maximum(actual["output"].to("cpu", torch.float64), expected["output"])
+            is_tie = sizes <= 1e-14 * sizes.max()  # an input that is the mean, say: the reference rounds
+            assert (edge & ~is_tie).sum() <= 1 + 1e-5 * edge.numel()
             grad_output = self.grad_output.masked_fill(edge.to(self.grad_output.device), 0)
             problem = self.with_(grad_output=grad_output)
             actual, expected = problem.run(**kwargs), problem.reference(**kwargs)
