@@ -402,6 +402,15 @@ def test_joining_sums_takes_no_division(tmp_path):
 
 
 @needs_nvdisasm
+def test_the_sums_of_a_thread_are_stored_16_bytes_at_a_time(code):
+    """In shared memory, where a float at a time, eight threads' would be in one bank."""
+    for kernel in ALL_KERNELS:
+        if kernel.name in ("statistics", "gradient_sums") and kernel.is_full_width:
+            stores = [i for i in code[kernel] if i.is_one_of("STS") and bits_of(i) == 128]
+            assert len(stores) == (4 if kernel.width == 8 else 2), str(kernel)
+
+
+@needs_nvdisasm
 def test_the_loop_over_rows_computes_in_float(code):
     kernels = [kernel for kernel in ALL_KERNELS if kernel.element != "double"]
     assert all(hot_loops(code[kernel]) for kernel in kernels)

@@ -459,12 +459,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   for (int k = 0; k < kWidth; ++k) mean[k] = sum[k] * share;
 
   __shared__ Shared<A, kMaxThreads * kWidth> means, m2s;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const int at = position.thread * kWidth + k;
-    means.store(at, mean[k]);
-    m2s.store(at, m2[k]);
-  }
+  means.store_run(position.thread * kWidth, mean);
+  m2s.store_run(position.thread * kWidth, m2);
   __syncthreads();
 
   const int64_t size = position.row_end - position.row_begin, turns = size / plan.threads_y;
@@ -719,12 +715,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   });
 
   __shared__ Shared<A, kMaxThreads * kWidth> sums, dots;
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) {
-    const int at = position.thread * kWidth + k;
-    sums.store(at, sum[k]);
-    dots.store(at, dot[k]);
-  }
+  sums.store_run(position.thread * kWidth, sum);
+  dots.store_run(position.thread * kWidth, dot);
   __syncthreads();
 
   const Group group = position.group();

@@ -108,8 +108,28 @@ class Shared {
   __device__ __forceinline__ T load(int i) const { return elements_[i]; }
   __device__ __forceinline__ void store(int i, T value) { elements_[i] = value; }
 
+  // Elements i to i + m - 1, i a multiple of m. Of eight floats a thread, one at a time, eight threads' would be in a
+  // bank.
+  template <int m>
+  __device__ __forceinline__ void store_run(int i, const T (&values)[m]) {
+    constexpr int kAtOnce = m * sizeof(T) % 16 == 0 ? 16 / sizeof(T) : 1;
+#pragma unroll
+    for (int k = 0; k < m; k += kAtOnce) {
+      if constexpr (kAtOnce == 1) {
+        store(i + k, values[k]);
+      } else {
+        uint4 bits;
+        memcpy(&bits, values + k, sizeof(bits));
+        const auto at = static_cast<unsigned>(__cvta_generic_to_shared(elements_ + i + k));
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                     "r"(bits.w)
+                     : "memory");
+      }
+    }
+  }
+
  private:
-  T elements_[n];
+  alignas(16) T elements_[n];
 };
 
 }  // namespace resnet_fused::cuda

@@ -70,6 +70,10 @@ class Shared {
     emulation::check_shared_store(history_, i, n);
     elements_[i] = value;
   }
+  template <int m>
+  void store_run(int i, const T (&values)[m]) {
+    for (int k = 0; k < m; ++k) store(i + k, values[k]);
+  }
 
  private:
   T elements_[n];
