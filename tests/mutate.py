@@ -371,6 +371,8 @@ FAULTS = [
     Fault("fast math in CFLAGS", "setup.py", 'strict = ["-fno-fast-math"]', "strict = []", "build"),
     Fault("builder's path in errors", "setup.py", 'f"-ffile-prefix-map={Path.cwd()}/="', '"-g0"', "build"),
     Fault("second import refused", "resnet_fused/triton_kernels/__init__.py", "    if not hasattr(getattr(torch.ops, NAMESPACE), _name):", "    if True:", "backend"),
+    Fault("an allocation after a running statistic is written", GLUE, "    update(running_means_);", "    update(running_means_);\n    std::vector<double> more(plan_.channels);", "adversaries"),
+    Fault("what is saved for backward kept", AUTOGRAD, "    ctx.save_for_backward(*tensors)\n    ctx.saved_as", "    ctx.save_for_backward(*tensors), globals().setdefault('kept', []).append(tensors[0])\n    ctx.saved_as", "adversaries", "test-all"),
     Fault("an argument without a type", BACKEND, "def use_backend(name: str)", "def use_backend(name)", "types"),
     Fault("an old setuptools let through", "setup.py", "< MINIMUM_SETUPTOOLS", "< 0", "build"),
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
