@@ -373,6 +373,7 @@ FAULTS = [
     Fault("second import refused", "resnet_fused/triton_kernels/__init__.py", "    if not hasattr(getattr(torch.ops, NAMESPACE), _name):", "    if True:", "backend"),
     Fault("an allocation after a running statistic is written", GLUE, "    update(running_means_);", "    update(running_means_);\n    std::vector<double> more(plan_.channels);", "adversaries"),
     Fault("what is saved for backward kept", AUTOGRAD, "    ctx.save_for_backward(*tensors)\n    ctx.saved_as", "    ctx.save_for_backward(*tensors), globals().setdefault('kept', []).append(tensors[0])\n    ctx.saved_as", "adversaries", "test-all"),
+    Fault("threads share the means", GLUE, "double* mean() { return values_.get(); }", "double* mean() { static double shared[4096]; return shared; }", "adversaries"),
     Fault("an argument without a type", BACKEND, "def use_backend(name: str)", "def use_backend(name)", "types"),
     Fault("an old setuptools let through", "setup.py", "< MINIMUM_SETUPTOOLS", "< 0", "build"),
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
