@@ -125,7 +125,7 @@ def _forward(input, residual, norms, training, need_mask, given):
 
 def _take_statistics(input, dense, norms, plan, matrix):
     partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
-    arguments = *_both([[norm] for norm in dense], None), partials, matrix
+    arguments = *_both([[norm.input] for norm in dense], None), partials, matrix
     launch(kernels.statistics, (plan.programs, len(norms)), _options(plan.warps), *arguments)
     of_norms = [
         (of_kernel, norm.momentum or 0.0, norm.eps, norm.momentum is None)

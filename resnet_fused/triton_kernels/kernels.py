@@ -223,12 +223,11 @@ def _welford(value, share, mean, m2, total):
 
 
 @triton.jit
-def statistics(norm, residual_norm, partials, matrix):
+def statistics(input, residual, partials, matrix):
     """Partial means, less the channel's origin, and sums of squared deviations from them."""
     which = tl.program_id(1) * 2
-    input = norm.input
-    if residual_norm is not None:
-        input = norm.input if which == 0 else residual_norm.input
+    if residual is not None:
+        input = input if which == 0 else residual
     tile, split, row_begin, row_end, column, inside = _position(matrix, False)
     origin = _origin(matrix, input, column // matrix.inner, inside)[None, :]
     mean = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
