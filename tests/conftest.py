@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import resnet_fused
 from resnet_fused import autograd, use_backend
@@ -44,23 +43,6 @@ EMULATED = {cuda_on_cpu.BACKEND} | ({"triton"} if IS_INTERPRETED else set())
 LARGEST_EMULATED = 12_000 if IS_INTERPRETED else 50_000
 MOST_CHANNELS_INTERPRETED = 256  # of which some kernels have a program each
 
-# Of every property; ``make fuzz`` chooses the second by --hypothesis-profile.
-settings.register_profile(
-    "suite",
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-settings.register_profile(
-    "fuzz",
-    settings.get_profile("suite"),
-    max_examples=1_000 if IS_INTERPRETED else 10_000,
-    derandomize=False,
-    print_blob=True,
-)
-settings.load_profile("suite")
-
 WITH_RESIDUAL = {True: "add_relu", False: "relu", "normalized": "add_batch_norm_relu"}
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -73,6 +55,21 @@ def represented(values, by):
 
 def represented_where_interpreted(values, by):
     return represented(values, by if IS_INTERPRETED else values)
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis takes the profile that --hypothesis-profile names
+def pytest_configure(config):
+    """How many examples a property is tried with: ``make fuzz`` names the second. The GPU's suite has no properties."""
+    if not config.pluginmanager.hasplugin("hypothesispytest"):
+        return
+    from hypothesis import HealthCheck, settings
+
+    fixtures = [HealthCheck.function_scoped_fixture]
+    suite = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=fixtures)
+    settings.register_profile("suite", suite)
+    many = 1_000 if IS_INTERPRETED else 10_000
+    settings.register_profile("fuzz", suite, max_examples=many, derandomize=False, print_blob=True)
+    settings.load_profile("suite")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marks

@@ -99,7 +99,7 @@ def _made(drawn, device):
 
 @given(drawn=problems())
 def test_any_problem_equals_the_reference(backend, device, drawn):
-    """60 of them; ``make fuzz`` draws 10,000."""
+    """100 of them; ``make fuzz`` draws 10,000."""
     problem = _made(drawn, device)
     needs_grad = tuple(drawn["needs_grad"])
     clean = problem.check(SCALE[drawn["dtype"]], clipped=None, needs_grad=needs_grad)
