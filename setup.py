@@ -153,6 +153,8 @@ def build() -> tuple[list, dict]:
     # After whatever CFLAGS says: fast math breaks the rules of NaN, and, linked, flushes the process's subnormals.
     # And errors are not to tell the builder's path.
     strict = ["-fno-fast-math"]
+    # Python's own flags have -g: 13 of 16 MB. The names of functions, which profilers read, stay.
+    link_flags = [*strict, "-Wl,--strip-debug"]
     cxx_flags = [*flags, *strict, "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
     extensions = [
         CppExtension(
@@ -171,7 +173,7 @@ def build() -> tuple[list, dict]:
                 "-fno-trapping-math",
                 "-fno-math-errno",
             ],
-            extra_link_args=strict,
+            extra_link_args=link_flags,
         )
     ]
     if builds_cuda(nvcc):
@@ -189,7 +191,7 @@ def build() -> tuple[list, dict]:
                     "cxx": cxx_flags,
                     "nvcc": [*flags, "-Xcompiler", "-fvisibility=hidden", "--threads", os.environ["MAX_JOBS"]],
                 },
-                extra_link_args=strict,
+                extra_link_args=link_flags,
             )
         )
     return extensions, {"build_ext": Build}

@@ -368,6 +368,7 @@ FAULTS = [
     Fault("torch 2.10's pybind11 closed", "csrc/module.cpp", "#undef TORCH_TARGET_VERSION", "", "build"),
     Fault("torch 2.10 names the library to the letter", "csrc/ops.cpp", "NAMED_LIBRARY(RESNET_FUSED_LIBRARY, m) {", "STABLE_TORCH_LIBRARY(RESNET_FUSED_LIBRARY, m) {", "build"),
     Fault("fast math in CFLAGS", "setup.py", 'strict = ["-fno-fast-math"]', "strict = []", "build"),
+    Fault("debug information shipped", "setup.py", ', "-Wl,--strip-debug"]', "]", "build"),
     Fault("builder's path in errors", "setup.py", 'f"-ffile-prefix-map={Path.cwd()}/="', '"-g0"', "build"),
     Fault("second import refused", "resnet_fused/triton_kernels/__init__.py", "    if not hasattr(getattr(torch.ops, NAMESPACE), _name):", "    if True:", "backend"),
     Fault("an allocation after a running statistic is written", GLUE, "    update(running_means_);", "    update(running_means_);\n    std::vector<double> more(plan_.channels);", "adversaries"),

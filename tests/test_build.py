@@ -126,12 +126,12 @@ def test_beside_a_torch_without_cuda_only_force_cuda_1_is_refused(tmp_path):
 
 
 @needs_cuda_torch
-def test_fast_math_in_cflags_is_undone_and_the_builders_path_left_out(tmp_path):
+def test_fast_math_in_cflags_is_undone_and_the_builders_path_and_debug_information_left_out(tmp_path):
     """Where it compiles, and where it links, which would flush subnormals; CFLAGS stand before these arguments."""
     for compile_args, link_args in _report(nvcc=_nvcc(tmp_path / "bin/nvcc"), CFLAGS="-ffast-math")["arguments"]:
         cxx = compile_args if isinstance(compile_args, list) else compile_args["cxx"]
         assert {"-fno-fast-math", f"-ffile-prefix-map={ROOT}/="} <= set(cxx)
-        assert "-fno-fast-math" in link_args
+        assert {"-fno-fast-math", "-Wl,--strip-debug"} <= set(link_args)
 
 
 def test_another_value_of_force_cuda_is_refused():
