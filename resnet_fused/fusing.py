@@ -17,9 +17,11 @@ from .inference import Route
 from .layers import (
     Deferring,
     Inferring,
+    OwnBuffers,
     deferring,
     inferring,
     is_batch_norm,
+    own_state,
     pooling,
     recomputing_inputs,
     set_class,
@@ -224,6 +226,8 @@ def fuse(
         for base, learned in ((Deferring, Learned), (Inferring, Route)):
             if issubclass(swapped, base):
                 vars(module)["_learned"] = learned(name or "the model")
+        if issubclass(swapped, Deferring):
+            vars(module)["_own_buffers"] = OwnBuffers(vars(module)["_buffers"])
     if example_inputs is not None:
         _watch(model, example_inputs)
     return Report(entries, convolutions=[(swaps[m][0], ref(m)) for m in swaps if issubclass(type(m), Inferring)])
@@ -276,20 +280,21 @@ def unfused(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         TypeError: model is not an nn.Module.
     """
-    swapped = {module: (type(module), vars(module).get("_learned")) for _, module in _named_modules(model)}
+    swapped = {module: (type(module), own_state(module)) for _, module in _named_modules(model)}
     unfuse(model)
     plain = {module: type(module) for module in swapped}
     try:
         yield model
     finally:
-        for module, (swapped_class, learned) in swapped.items():
+        for module, (swapped_class, state) in swapped.items():
             if type(module) is plain[module] is not swapped_class:
                 set_class(module, swapped_class)
-                vars(module).update({} if learned is None else {"_learned": learned})
+                vars(module).update(state)
 
 
 def _restore(module):
-    vars(module).pop("_learned", None)
+    for name in own_state(module):
+        del vars(module)[name]
     plain_class = Residual if type(module) is FusedResidual else getattr(type(module), "plain_class", None)
     if plain_class is not None:
         set_class(module, plain_class)

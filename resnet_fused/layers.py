@@ -41,15 +41,30 @@ class Swapped(nn.Module):
         return make, (self.plain_class, *arguments), plain_state(self)
 
 
+_OWN = {"_learned", "_own_buffers"}
+
+
+def own_state(layer):
+    return {name: value for name, value in vars(layer).items() if name in _OWN}
+
+
 def plain_state(layer):
-    return {name: value for name, value in vars(layer).items() if name != "_learned"}
+    return {name: value for name, value in vars(layer).items() if name not in _OWN}
+
+
+class OwnBuffers:
+    """What ``vars(layer)["_buffers"]`` is, which torch.compile before 2.12 takes for the property of that name. No dict:
+    torch.export would take one for state of the model's."""
+
+    def __init__(self, buffers):
+        self.dict = buffers
 
 
 def _buffer(name):
     """A running statistic, up to date for whoever reads it."""
 
     def get(self):
-        for attributes in (vars(self)["_buffers"], vars(self)):
+        for attributes in (self._own_buffers.dict, vars(self)):
             if name in attributes:
                 settle((attributes[name],))
                 return attributes[name]
@@ -68,13 +83,13 @@ class Deferring(Swapped):
 
     @property
     def _buffers(self):
-        buffers = vars(self)["_buffers"]
+        buffers = self._own_buffers.dict
         settle(buffers.values())
         return buffers
 
     @_buffers.setter
     def _buffers(self, buffers):
-        vars(self)["_buffers"] = buffers
+        vars(self)["_buffers"], self._own_buffers = buffers, OwnBuffers(buffers)
 
     def forward(self, input=_ABSENT, *args, **kwargs):
         learned = self._learned
