@@ -102,7 +102,9 @@ def joins(tail, step):
         residual, layer = step.operand, tail.layer
         is_tensor = type(residual) in (*_TENSORS, Chained, Followed) and residual.is_cpu
         is_alike = is_tensor and residual.shape == tail.shape and residual.dtype is tail.dtype
-        return is_alike and ADDED not in tail.steps and layer.groups == 1 and not layer.transposed
+        is_more_than_one_value = tail.shape.numel() > tail.shape[0] * tail.shape[1]  # of a channel; torch 2.10 raises
+        takes = layer.groups == 1 and not layer.transposed and is_more_than_one_value
+        return is_alike and takes and ADDED not in tail.steps
     return step.name == "relu" or ADDED not in tail.steps
 
 

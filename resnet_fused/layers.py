@@ -53,8 +53,8 @@ def plain_state(layer):
 
 
 class OwnBuffers:
-    """What ``vars(layer)["_buffers"]`` is, which torch.compile before 2.12 takes for the property of that name. No dict:
-    torch.export would take one for state of the model's."""
+    """What ``vars(layer)["_buffers"]`` is, which torch.compile before 2.12 takes for the property of that name. Not a
+    dict: torch.export would take one for state of the model's."""
 
     def __init__(self, buffers):
         self.dict = buffers
