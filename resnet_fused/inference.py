@@ -102,9 +102,7 @@ def joins(tail, step):
         residual, layer = step.operand, tail.layer
         is_tensor = type(residual) in (*_TENSORS, Chained, Followed) and residual.is_cpu
         is_alike = is_tensor and residual.shape == tail.shape and residual.dtype is tail.dtype
-        is_more_than_one_value = tail.shape.numel() > tail.shape[0] * tail.shape[1]  # of a channel; torch 2.10 raises
-        takes = layer.groups == 1 and not layer.transposed and is_more_than_one_value
-        return is_alike and takes and ADDED not in tail.steps
+        return is_alike and ADDED not in tail.steps and layer.groups == 1 and not layer.transposed
     return step.name == "relu" or ADDED not in tail.steps
 
 
@@ -183,6 +181,10 @@ class Chain:
         arguments = packed.weight, packed.bias, *packed.geometry
         if residual is None:
             return packed.op(self.input, *arguments, activation, scalars, algorithm)
+        if self.shape.numel() == self.shape[0] * self.shape[1]:  # one value a channel, which torch 2.10 refuses
+            output = packed.op(self.input, *arguments, "none", (), "")
+            output += residual._run() if type(residual) is Chain else residual
+            return output if activation == "none" else output.relu_()
         arguments += "add", 1.0, None if activation == "none" else activation, [], ""
         if type(residual) is Chain:  # nobody else has what it gives: it is written to
             return _ops._convolution_pointwise_.binary(residual._run(), self.input, *arguments)

@@ -155,16 +155,18 @@ torch.set_num_threads(1)
 channels, failed = 200_000, 0
 x, residual = torch.randn(2, 4, channels).contiguous()
 norms = [[torch.ones(channels) for _ in range(4)] for _ in range(2)]
-norms = [functional.BatchNorm(*vectors) for vectors in norms[:{norms}]]
+norms = [functional.BatchNorm(*vectors, num_batches_tracked=torch.tensor(0)) for vectors in norms[:{norms}]]
 def call():
     if len(norms) == 2:
         return functional.batch_norm_add_batch_norm_relu(x, residual, *norms, training=True)
-    return functional.batch_norm_add_relu(x, residual, *norms[0][:4], training=True)
-before = [[vector.clone() for vector in norm[:2]] for norm in norms]
+    counter = norms[0].num_batches_tracked
+    return functional.batch_norm_add_relu(x, residual, *norms[0][:4], training=True, num_batches_tracked=counter)
+tracked = lambda norm: [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+before = [[tensor.clone() for tensor in tracked(norm)] for norm in norms]
 {requires_grad}
 call()
 for norm, vectors in zip(norms, before):
-    for vector, value in zip(norm, vectors): vector.copy_(value)
+    for vector, value in zip(tracked(norm), vectors): vector.copy_(value)
 del vector, value
 for extra in range(0, 2**26, 2**18):
     used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -177,7 +179,7 @@ for extra in range(0, 2**26, 2**18):
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     for norm, vectors in zip(norms, before):
-        assert all(map(torch.equal, norm[:2], vectors)), extra
+        assert all(map(torch.equal, tracked(norm), vectors)), extra
 assert not torch.equal(norms[0].running_mean, before[0][0])
 print(failed)
 """

@@ -267,12 +267,15 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   STD_TORCH_CHECK(input.is_cpu(), "input: expected a CPU tensor");
   const MemoryFormat format = memory_format(input);
   ForwardResults results(a, format);
-  for (int i = 0; i < a.count; ++i) {
-    if (a.takes_batch() && a.norms[i].num_batches_tracked) ++*counter_of(a.norms[i]);
-  }
+  const auto count_batch = [&] {  // last: no allocation that fails may leave it counted
+    for (int i = 0; i < a.count; ++i) {
+      if (a.takes_batch() && a.norms[i].num_batches_tracked) ++*counter_of(a.norms[i]);
+    }
+  };
   if (a.values() == 0) {  // nothing to normalise: the statistics that come back are never used
     if (!a.statistics) std::fill_n(statistics_of(results.statistics, 0, 0), a.count * 2 * a.channels(), 0);
     if (a.need_mask) results.mask = empty_tensor(input, {1, 0}, aoti_torch_dtype_uint8());
+    count_batch();
     return results;
   }
   const Plan plan = plan_of(input, format);
@@ -306,6 +309,7 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   const auto finish = [&](int64_t begin, int64_t end) {
     for (NormForward& norm : norms) norm.finish(begin, end);
   };
+  count_batch();
   for_each_chunk_twice(plan, reduce, finish, normalize);
   return results;
 }
