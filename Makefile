@@ -85,13 +85,13 @@ bench-gpu:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.[ch]*)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/c*_*/*.[ch]*)
 	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/cuda_on_cpu/*.[ch]*)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/c*_*/*.[ch]*)
 
 clean:
 	rm -rf $(VENV) build *.egg-info resnet_fused/*.so benchmarks/results

@@ -408,6 +408,8 @@ FAULTS = [
     Fault("bench: the profiler talks", "benchmarks/__init__.py", '"KINETO_LOG_LEVEL", "6"', '"KINETO_LOG_LEVEL", "5"', "benchmarks"),
     Fault("docs: the ratio upside down", "benchmarks/docs.py", 'eager["median_ms"] / row["median_ms"]', 'row["median_ms"] / eager["median_ms"]', "docs"),
     Fault("docs: a table without results goes", "benchmarks/docs.py", "            return match[0]", '            return ""', "docs"),
+    Fault("a chunk computed by two threads", GLUE, "f(Work{block, first, last});", "f(Work{block, 0, last});", "sanitisers", "test-all"),
+    Fault("scratch memory an element short", GLUE, "new T[size]", "new T[size - 1]", "sanitisers", "test-all"),
 ]  # fmt: skip
 
 

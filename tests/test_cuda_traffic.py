@@ -1,7 +1,5 @@
 """What the CUDA kernels launch and move, counted by the emulation; and that no order of blocks and threads shows."""
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 from resnet_fused import use_backend
 
-from . import cuda_on_cpu, raw_ops
+from . import cuda_on_cpu, raw_ops, sanitisers
 from .conftest import represented
 from .problem import Problem
 from .traffic import assert_within_limits, passes
@@ -77,20 +75,10 @@ SANITISED = ("test_each_gradient", "(test_values_and_gradients or test_nan) and 
 @pytest.mark.skipif(sys.platform != "linux", reason="preloads the sanitiser")
 @pytest.mark.parametrize("tests", represented(SANITISED, by=SANITISED[:1]))
 def test_the_kernels_pass_under_address_and_undefined_behaviour_sanitisers(tests):
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    environment = {
-        **os.environ,
-        "RESNET_FUSED_EMULATION": "sanitised",
-        "LD_PRELOAD": library,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, "-k", f"cuda-emulated and {tests}", "tests/test_ops.py", "tests/test_edges.py"],
-        cwd=cuda_on_cpu.ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+    sanitisers.run(
+        "address",
+        f"cuda-emulated and {tests}",
+        "tests/test_ops.py",
+        "tests/test_edges.py",
+        RESNET_FUSED_EMULATION="sanitised",
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout

@@ -1,0 +1,25 @@
+"""The CPU's kernels and glue, and autograd above them, make no fault of memory, arithmetic or threads."""
+
+import shutil
+import sys
+
+import pytest
+
+from . import sanitisers
+
+pytestmark = [
+    pytest.mark.expensive,  # some minutes to compile, until a source changes
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="preloads g++'s sanitiser"),
+]
+
+SELECTED = {
+    "address": "cpu and not cuda and (each_gradient or values_and_gradients or strange or nan or tie or refuse)",
+    "thread": "cpu and not cuda and ((run_to_run and float32) or resnet18_shapes)",  # large enough for threads
+}
+
+
+@pytest.mark.parametrize("sanitiser", SELECTED)
+def test_the_cpu_passes_under_a_sanitiser(sanitiser):
+    files = [f"tests/test_{name}.py" for name in ("ops", "edges", "properties")]
+    plugin = "-p", "tests.cpu_sanitised"
+    sanitisers.run(sanitiser, SELECTED[sanitiser], *plugin, *files, RESNET_FUSED_SANITISER=sanitiser)
