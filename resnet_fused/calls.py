@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import autograd
 from .backend import ops_for
 from .functional import BatchNorm, like_input
+from .reference import add_bias
 from .synchronized import group_of, over
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -46,10 +47,6 @@ def convolve(conv, input):
     if is_batched and is_plain(conv):
         return Convolved(conv._conv_forward(input, conv.weight, None), conv.bias)
     return Convolved(conv(input))
-
-
-def _add_bias(input, bias):
-    return input if bias is None else input + bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
 
 
 def batch_norm_of(layer):
@@ -85,8 +82,8 @@ def call_tail(bn, convolved, residual=None):
     output = _attempt(bn, *convolved, *residual or (None, None))
     if output is not None:
         return output
-    output = bn(_add_bias(*convolved))
-    return F.relu(output if residual is None else output.add_(_add_bias(*residual)))
+    output = bn(add_bias(*convolved))
+    return F.relu(output if residual is None else output.add_(add_bias(*residual)))
 
 
 def _attempt(bn, input, input_bias, residual, residual_bias):

@@ -7,9 +7,13 @@ import torch
 import torch.nn.functional as F
 
 
+def add_bias(input, bias):
+    """What a convolution of the output ``input`` gives with the bias that was left out of it, if any."""
+    return input if bias is None else input + bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
+
+
 def batch_norm(input, bn, training):
-    if bn.input_bias is not None:
-        input = input + bn.input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
+    input = add_bias(input, bn.input_bias)
     momentum = bn.momentum
     if training and bn.num_batches_tracked is not None:  # as nn.BatchNorm2d does
         bn.num_batches_tracked.add_(1)

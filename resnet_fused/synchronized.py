@@ -69,20 +69,19 @@ class Synchronized(NamedTuple):
 
     def forward(self, input, residual, batch_norm, residual_batch_norm, training, need_mask=False, statistics=None):
         """As :meth:`Ops.forward`."""
-        is_given = statistics is not None
-        if training and not is_given:
+        if not training:
+            return self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, need_mask, statistics)
+        used = statistics
+        if used is None:
             # Before the collective: no process is to wait for one that refuses its arguments.
             check(input, residual, batch_norm, residual_batch_norm, training, is_whole_batch=False)
             norms = [(input, batch_norm), (residual, residual_batch_norm)]
-            statistics = self._take_statistics(norms if residual_batch_norm else norms[:1])
-        if statistics is not None:  # which replace the running ones
-            nothing = {"running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.0}
-            batch_norm = batch_norm._replace(**nothing)
-            residual_batch_norm = residual_batch_norm and residual_batch_norm._replace(**nothing)
-        output, mask, own = self.ops.forward(
-            input, residual, batch_norm, residual_batch_norm, False, need_mask, statistics
-        )
-        return output, mask, None if is_given else own if statistics is None else statistics
+            used = self._take_statistics(norms if residual_batch_norm else norms[:1])
+        nothing = {"running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.0}
+        batch_norm = batch_norm._replace(**nothing)
+        residual_batch_norm = residual_batch_norm and residual_batch_norm._replace(**nothing)
+        output, mask, _ = self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, need_mask, used)
+        return output, mask, used if statistics is None else None
 
     def backward(self, training, needed, grad_output, mask, statistics, *tensors):
         """As :meth:`Ops.backward`."""
@@ -96,8 +95,8 @@ class Synchronized(NamedTuple):
         sums = self.ops.backward(True, [i % 4 in (1, 2) for i in range(8)], *saved, *inputs)
         means = None
         if any(needed[first] for first in firsts):
-            counts, of_all = self._exchange("backward", tensors[0], [sums[i + k] for i in firsts for k in (2, 1)])
-            means = (of_all.sum(0) / counts.sum()).view(len(firsts), 2, -1)
+            means = self._take_means(tensors[0], [sums[i + k] for i in firsts for k in (2, 1)])
+            means = means.view(len(firsts), 2, -1)
         needed_tensors = [is_needed and i % 4 == 0 for i, is_needed in enumerate(needed)]
         gradients = list(self.ops.backward(True, needed_tensors, *saved, *tensors, grad_means=means))
         for i, is_needed in enumerate(needed):
@@ -109,9 +108,7 @@ class Synchronized(NamedTuple):
         """As reference.batch_norm."""
         if not training:
             return reference.batch_norm(input, norm, training)
-        if norm.input_bias is not None:
-            input = input + norm.input_bias.to(input.dtype).view(-1, *[1] * (input.dim() - 2))
-            norm = norm._replace(input_bias=None)
+        input, norm = reference.add_bias(input, norm.input_bias), norm._replace(input_bias=None)
         return _BatchNorm.apply(self, norm, input, norm.weight, norm.bias)
 
     def _take_statistics(self, norms):
@@ -130,6 +127,11 @@ class Synchronized(NamedTuple):
             _update_running_statistics(norm, mean[i], variance[i] * (count / (count - 1)))
             statistics += mean[i], (variance[i] + norm.eps).rsqrt()
         return torch.stack(statistics).view(len(norms), 2, -1)
+
+    def _take_means(self, input, sums):
+        """The sums over all batches, by their counts."""
+        counts, of_all = self._exchange("backward", input, sums)
+        return of_all.sum(0) / counts.sum()
 
     def _exchange(self, direction, input, vectors):
         """Every process's count of values a channel, (ranks, 1, 1), and vectors, (ranks, len(vectors), C)."""
@@ -242,8 +244,7 @@ class _BatchNorm(Function):
         _, _, needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         grad_input = None
         if needs_input:
-            counts, of_all = ctx.over._exchange("backward", input, [grad_bias.double(), grad_weight.double()])
-            grad, dot = (of_all.sum(0) / counts.sum()).to(mean.dtype)
+            grad, dot = ctx.over._take_means(input, [grad_bias.double(), grad_weight.double()]).to(mean.dtype)
             scale = invstd if weight is None else invstd * weight
             grad_input = (grad_output - grad.view(shape) - normalized * dot.view(shape)) * scale.view(shape)
             grad_input = grad_input.to(input.dtype)

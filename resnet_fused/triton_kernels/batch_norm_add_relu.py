@@ -198,7 +198,6 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual, gra
 # ---- The ops ----
 
 _FIELDS = len(BatchNorm._fields)
-_NO_VECTORS = None, None, None  # weight, bias, input_bias
 
 
 def batch_norm_add_relu(input, *arguments):
@@ -261,5 +260,6 @@ def batch_norm_statistics(input, eps):
         plan, matrix = _plan(*matrix_shape(input), input.shape[1], input.dtype)
         with _on(input.device):
             norm = BatchNorm(None, None, momentum=0.0, eps=eps)
-            _take_statistics(input, [_norm(*_dense(input, input), statistics, *_NO_VECTORS)], [norm], plan, matrix)
+            dense = _norm(*_dense(input, input), statistics, norm.weight, norm.bias, norm.input_bias)
+            _take_statistics(input, [dense], [norm], plan, matrix)
     return statistics
