@@ -16,8 +16,10 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "element_type.h"
+#include "max_pool.h"
 
 namespace resnet_fused {
 
@@ -109,9 +111,12 @@ inline Tensor empty_strided(const Tensor& beside, int64_t dim, const int64_t* si
   return Tensor(handle);
 }
 
-inline Tensor empty_like(const Tensor& input, MemoryFormat format) {
-  const auto sizes = input.sizes();
+// max_pool: of the size of its output, if there is one.
+inline Tensor empty_like(const Tensor& input, MemoryFormat format, const MaxPool* max_pool = nullptr) {
   const int64_t dim = input.dim();
+  std::array<int64_t, kMaxDim> sizes;
+  std::copy_n(input.sizes().begin(), dim, sizes.begin());
+  if (max_pool != nullptr) std::copy_n(max_pool->output, 2, sizes.begin() + 2);
   std::array<int64_t, kMaxDim> strides;
   int64_t stride = 1;
   const auto take = [&](int64_t d) {
@@ -152,6 +157,13 @@ inline void check_vector(const OptionalTensor& vector, const char* prefix, const
                   ": expected a tensor of shape (", input.size(1), ",) on the input's device");
 }
 
+inline void check_like_output(const Tensor& tensor, const char* name, const Tensor& input, const MaxPool& max_pool) {
+  STD_TORCH_CHECK(on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() && tensor.dim() == 4 &&
+                      tensor.size(0) == input.size(0) && tensor.size(1) == input.size(1) &&
+                      tensor.size(2) == max_pool.output[0] && tensor.size(3) == max_pool.output[1],
+                  name, ": expected a tensor of the output's shape, and of the input's type and device");
+}
+
 inline void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
   const auto sizes = tensor.sizes(), expected = input.sizes();
   STD_TORCH_CHECK(on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() &&
@@ -171,6 +183,21 @@ inline void check_statistics(const Tensor& statistics, const char* name, int64_t
 
 inline double* statistics_of(const Tensor& statistics, int norm, int64_t channels) {
   return static_cast<double*>(statistics.data_ptr()) + norm * 2 * channels;
+}
+
+// The pooling of what was rectified, of the numbers in MaxPool's order, that an op gets, if any.
+inline std::optional<MaxPool> max_pool_of(const std::optional<std::vector<int64_t>>& numbers, const Tensor& input) {
+  if (!numbers) return std::nullopt;
+  STD_TORCH_CHECK(numbers->size() == 10 && input.dim() == 4, "max_pool: expected 10 numbers, and a 4d input");
+  MaxPool max_pool;
+  int64_t* of_axis[] = {max_pool.kernel, max_pool.stride, max_pool.padding, max_pool.dilation, max_pool.output};
+  for (int i = 0; i < 10; ++i) of_axis[i / 2][i % 2] = (*numbers)[i];
+  STD_TORCH_CHECK(max_pool.fits(input.size(2), input.size(3)), "max_pool: expected windows over the input, of at most ",
+                  kNoWinner, " positions");
+  for (int axis = 0; axis < 2; ++axis) {  // a single window's is no matter, and may be more than memory has room for
+    if (max_pool.output[axis] == 1) max_pool.stride[axis] = 1;
+  }
+  return max_pool;
 }
 
 // One batch norm of a forward, of the input or of the residual.
@@ -213,6 +240,7 @@ struct ForwardArguments {
   const OptionalTensor& residual;
   bool training, need_mask;
   const OptionalTensor& statistics;  // given, to normalise by
+  const MaxPool* max_pool;           // of what is rectified, or nullptr
 
   const Tensor& input() const { return norms[0].input; }
   int64_t channels() const { return input().size(1); }
@@ -222,6 +250,7 @@ struct ForwardArguments {
   void check() const {
     check_input(input());
     if (residual) check_like_input(*residual, "residual", input());
+    STD_TORCH_CHECK(!max_pool || !residual, "residual: expected none before max_pool");
     if (statistics) check_statistics(*statistics, "statistics", count, input());
     for (int i = 0; i < count; ++i) norms[i].check(training, statistics.has_value(), kPrefixes[i]);
     STD_TORCH_CHECK(!training || values() != 1, "input: expected more than one value per channel in training");
@@ -240,7 +269,7 @@ struct ForwardResults {
   Tensor output, mask, statistics;
 
   ForwardResults(const ForwardArguments& a, MemoryFormat format)
-      : output(empty_like(a.input(), format)),
+      : output(empty_like(a.input(), format, a.max_pool)),
         statistics(a.statistics ? *a.statistics
                                 : empty_tensor(a.input(), {a.count, 2, a.channels()}, aoti_torch_dtype_float64())) {}
 };
@@ -271,6 +300,7 @@ struct BackwardArguments {
   int count;
   bool training, need_residual;      // need_residual: of one that was added as it is
   const OptionalTensor& grad_means;  // given
+  const MaxPool* max_pool;           // or nullptr
 
   const Tensor& input() const { return norms[0].input; }
   int64_t channels() const { return input().size(1); }
@@ -280,7 +310,12 @@ struct BackwardArguments {
 
   void check() const {
     check_input(input());
-    check_like_input(grad_output, "grad_output", input());
+    if (max_pool != nullptr) {
+      check_like_output(grad_output, "grad_output", input(), *max_pool);
+      STD_TORCH_CHECK(count == 1 && !need_residual, "residual: expected none before max_pool");
+    } else {
+      check_like_input(grad_output, "grad_output", input());
+    }
     check_statistics(statistics, "statistics", count, input());
     if (grad_means) check_statistics(*grad_means, "grad_means", count, input());
     if (count == 2) check_like_input(norms[1].input, "residual", input());
@@ -291,7 +326,7 @@ struct BackwardArguments {
   }
 };
 
-// Of a shape that depends on the backend: rows of bits, the dense input's as a matrix of so many rows.
+// Of a shape that depends on the backend: rows of bits, the dense input's as a matrix of so many rows; or the winners.
 inline const uint8_t* check_mask(const BackwardArguments& a, int64_t rows, int64_t bytes) {
   STD_TORCH_CHECK(on_one_device(a.mask, a.input()) && a.mask.scalar_type() == ScalarType::Byte &&
                       a.mask.is_contiguous() && a.mask.numel() == rows * bytes,
@@ -339,14 +374,15 @@ struct Ops {
       bool need_mask, OptionalTensor residual, OptionalTensor residual_running_mean,
       OptionalTensor residual_running_var, OptionalTensor residual_weight, OptionalTensor residual_bias,
       Momentum residual_momentum, std::optional<double> residual_eps, OptionalTensor residual_num_batches_tracked,
-      OptionalTensor residual_input_bias, OptionalTensor statistics) {
+      OptionalTensor residual_input_bias, OptionalTensor statistics, std::optional<std::vector<int64_t>> max_pool) {
     STD_TORCH_CHECK(residual || !residual_eps, "residual: expected the tensor that residual_eps is for");
     const NormArguments norms[] = {
         {input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias},
         {residual ? *residual : input, residual_running_mean, residual_running_var, residual_weight, residual_bias,
          residual_momentum, residual_eps.value_or(0), residual_num_batches_tracked, residual_input_bias}};
-    const ForwardResults results =
-        Backend::forward({norms, residual_eps ? 2 : 1, residual, training, need_mask, statistics});
+    const std::optional<MaxPool> windows = max_pool_of(max_pool, input);
+    const ForwardResults results = Backend::forward(
+        {norms, residual_eps ? 2 : 1, residual, training, need_mask, statistics, windows ? &*windows : nullptr});
     return {results.output, results.mask, statistics ? Tensor() : results.statistics};
   }
 
@@ -355,7 +391,8 @@ struct Ops {
       OptionalTensor bias, OptionalTensor input_bias, bool need_input, bool need_weight, bool need_bias,
       bool need_input_bias, bool need_residual, OptionalTensor residual, OptionalTensor residual_weight,
       OptionalTensor residual_bias, OptionalTensor residual_input_bias, bool need_residual_weight,
-      bool need_residual_bias, bool need_residual_input_bias, OptionalTensor grad_means) {
+      bool need_residual_bias, bool need_residual_input_bias, OptionalTensor grad_means,
+      std::optional<std::vector<int64_t>> max_pool) {
     const NormBackwardArguments norms[] = {
         {input, weight, bias, input_bias, {need_input, need_weight, need_bias, need_input_bias}},
         {residual ? *residual : input,
@@ -363,8 +400,10 @@ struct Ops {
          residual_bias,
          residual_input_bias,
          {need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias}}};
-    const BackwardResults grad = Backend::backward(
-        {grad_output, mask, statistics, norms, residual ? 2 : 1, training, !residual && need_residual, grad_means});
+    const std::optional<MaxPool> windows = max_pool_of(max_pool, input);
+    const BackwardResults grad =
+        Backend::backward({grad_output, mask, statistics, norms, residual ? 2 : 1, training, !residual && need_residual,
+                           grad_means, windows ? &*windows : nullptr});
     const auto& [first, second] = grad.norms;
     return {first.input,   first.weight, first.bias,       first.input_bias, residual ? second.input : grad.residual,
             second.weight, second.bias,  second.input_bias};

@@ -4,8 +4,8 @@
 hence Functions around the raw ops. The backward is a Function too, whose own backward differentiates the plain
 formula: a raw op called there would give wrong second gradients with no more than a warning.
 
-What a call takes are (input, residual, batch_norm, residual_batch_norm, training), as the last of the public functions
-does, here and below; the residual and its batch norm may be None.
+What a call takes are (input, residual, batch_norm, residual_batch_norm, training, max_pool), here and below; the
+residual and its batch norm may be None, and so may the pooling, where there is no residual.
 """
 
 import torch
@@ -16,13 +16,13 @@ from .checks import check
 from .ops import BatchNorm, memory_format_of, unpack_mask
 
 
-def attempt(ops, input, residual, batch_norm, residual_batch_norm, training):
+def attempt(ops, input, residual, batch_norm, residual_batch_norm, training, max_pool=None):
     """The output; None where the op refuses its arguments, which it does before it touches anything."""
     try:
         if not torch.is_grad_enabled():  # apply would take 3 of 12 us
-            output, _, _ = ops.forward(input, residual, batch_norm, residual_batch_norm, training)
+            output, _, _ = ops.forward(input, residual, batch_norm, residual_batch_norm, training, max_pool)
             return output
-        arguments = input, residual, batch_norm, residual_batch_norm, training
+        arguments = input, residual, batch_norm, residual_batch_norm, training, max_pool
         # Beside them, what gets gradients: autograd looks into no tuple.
         vectors = batch_norm.weight, batch_norm.bias, batch_norm.input_bias
         of_residual = None, None, None
@@ -61,18 +61,18 @@ class _Forward(Function):
 
     @staticmethod
     def forward(ctx, ops, arguments, input, weight, bias, input_bias, residual, *of_residual):
-        _, _, batch_norm, residual_batch_norm, training = arguments
+        _, _, batch_norm, residual_batch_norm, training, max_pool = arguments
         output, mask, statistics = ops.forward(*arguments, need_mask=any(ctx.needs_input_grad))
         _, _, _, needs_weight, _, _, _, needs_residual_weight, *_ = ctx.needs_input_grad
-        ctx.is_recomputable = residual is None and (training or needs_weight)
+        ctx.is_recomputable = residual is None and max_pool is None and (training or needs_weight)
         if not training and not needs_weight:
             input = None
         if residual_batch_norm is None or not (training or needs_residual_weight):
             residual = None
         ctx.set_materialize_grads(False)
-        ctx.memory_format = memory_format_of(output)
+        ctx.shape, ctx.memory_format = arguments[0].shape, memory_format_of(arguments[0])
         _save(ctx, mask, statistics, input, weight, bias, input_bias, residual, *of_residual)
-        ctx.options = ops, training, batch_norm.eps, residual_batch_norm and residual_batch_norm.eps
+        ctx.options = ops, training, max_pool, batch_norm.eps, residual_batch_norm and residual_batch_norm.eps
         ctx.unpacked = None
         return output
 
@@ -82,18 +82,19 @@ class _Forward(Function):
         if grad_output is None:
             return None, None, *(None for _ in needed)
         saved, ctx.unpacked = ctx.unpacked or _saved(ctx), None
-        ops, training, _, residual_eps = ctx.options
+        ops, training, max_pool, _, residual_eps = ctx.options
         is_differentiated = torch.is_grad_enabled()
         if not training:  # in the place of what was not saved what has its shape
-            grad_output = grad_output.contiguous(memory_format=ctx.memory_format)
-            like = torch.zeros_like(grad_output) if is_differentiated else grad_output
+            grad_output = like = grad_output.contiguous(memory_format=ctx.memory_format)
+            if is_differentiated or max_pool is not None:
+                like = torch.zeros(ctx.shape, dtype=like.dtype, device=like.device).to(memory_format=ctx.memory_format)
             mask, statistics, input, *vectors, residual, weight, bias, input_bias = saved
             input = like if input is None else input
             residual = like if residual is None and residual_eps is not None else residual
             saved = mask, statistics, input, *vectors, residual, weight, bias, input_bias
         if is_differentiated:
             return None, None, *_Backward.apply(ctx.options, needed, grad_output, *saved)
-        return None, None, *ops.backward(training, needed, grad_output, *saved)
+        return None, None, *ops.backward(training, max_pool, needed, grad_output, *saved)
 
 
 def is_recomputable(output):
@@ -105,7 +106,7 @@ def is_recomputable(output):
 def recompute(node):
     """The output, bit by bit, from what was saved, which backward takes from here."""
     # Unpacked once for both: checkpointing refuses a second time, and an offload would copy again.
-    ops, training, eps, _ = node.options
+    ops, training, _, eps, _ = node.options
     node.unpacked = _, statistics, input, weight, bias, _, *_ = _saved(node)
     batch_norm = BatchNorm(None, None, weight, bias, eps=eps)
     with torch.no_grad():  # the op has no derivative
@@ -118,23 +119,28 @@ class _Backward(Function):
 
     @staticmethod
     def forward(ctx, options, needed, grad_output, *saved):
-        ops, training, _, _ = ctx.options = options
+        ops, training, max_pool, _, _ = ctx.options = options
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, *saved)
-        return ops.backward(training, needed, grad_output, *saved)
+        return ops.backward(training, max_pool, needed, grad_output, *saved)
 
     @staticmethod
     def backward(ctx, *cotangents):
-        ops, training, eps, residual_eps = ctx.options
+        ops, training, max_pool, eps, residual_eps = ctx.options
         if training and ops.spans_processes:
             raise RuntimeError("the second derivative of a batch norm over several processes is not implemented")
         grad_output, mask, statistics, *tensors = ctx.saved_tensors
-        passed = unpack_mask(mask, tensors[0])
+        if max_pool is None:
+            passed = unpack_mask(mask, tensors[0])
+        else:
+            sources, passed = max_pool.sources(mask, tensors[0])
 
         def forward(input, weight, bias, input_bias, residual, *of_residual):
             output = _batch_norm(statistics[0], training, eps, input, weight, bias, input_bias)
             if residual_eps is not None:
                 residual = _batch_norm(statistics[1], training, residual_eps, residual, *of_residual)
+            if max_pool is not None:
+                output = output.flatten(2).gather(2, sources.flatten(2)).view(sources.shape)
             return torch.where(passed, output + residual, 0.0)
 
         def backward(grad_output, *tensors):

@@ -1,14 +1,16 @@
 """The public functions: formula, argument checks, and the hand-over to the backend."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, reference
-from .backend import ops_for
+from .backend import is_watched, ops_for
 from .checks import check, check_arguments
-from .ops import BatchNorm
+from .ops import BatchNorm, MaxPool
 from .synchronized import of_several, over
 
 if TYPE_CHECKING:
@@ -169,17 +171,69 @@ def batch_norm_add_batch_norm_relu(
     return _call(input, residual, batch_norm, residual_batch_norm, training, process_group)
 
 
-def _call(input, residual, batch_norm, residual_batch_norm, training, process_group):
+def batch_norm_relu_max_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    num_batches_tracked: Tensor | None = None,
+    input_bias: Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    r"""``max_pool2d(relu(batch_norm(input)), kernel_size, ...)``, the stem of a residual network, as one operator.
+
+    .. math::
+        y_w = \max_{i \in w} \max\Big(0, \frac{x_i - \mu}{\sqrt{\sigma^2 + \epsilon}} \gamma + \beta\Big)
+
+    over each window :math:`w` of each channel. What is pooled is never in memory: beside input and per-channel
+    vectors it saves a byte for each element of the output, the position in its window that the gradient goes to. Of
+    equal values that is the first, of NaNs the last, as in F.max_pool2d. See :func:`batch_norm_relu` for the other
+    arguments, what is returned and what is raised.
+
+    Args:
+        input: (N, C, H, W).
+        kernel_size, stride, padding, dilation, ceil_mode: as F.max_pool2d's. Windows of more than 255 positions, and an
+            input of three dimensions, are pooled by an operator of their own.
+
+    Raises:
+        RuntimeError, TypeError: windows that F.max_pool2d refuses, in its words. The running statistics are then as
+            they were.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", https://arxiv.org/abs/1512.03385, table 1;
+    PyTorch's ``F.max_pool2d``.
+    """
+    batch_norm = BatchNorm(running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias)
+    options = kernel_size, stride, padding, dilation
+    max_pool = None if is_watched() else MaxPool.of(input, *options, ceil_mode)
+    ops = ops_for(input)
+    if max_pool is not None and ops is not None and ops.pools(input):
+        return _call(input, None, batch_norm, None, training, process_group, max_pool)
+    output = _call(input, None, batch_norm, None, training, process_group)
+    return F.max_pool2d(output, *options, ceil_mode=ceil_mode)
+
+
+def _call(input, residual, batch_norm, residual_batch_norm, training, process_group, max_pool=None):
     tensors = input, residual, batch_norm.running_mean, batch_norm.weight, batch_norm.bias
     if residual_batch_norm is not None:
         tensors += residual_batch_norm.running_mean, residual_batch_norm.weight, residual_batch_norm.bias
     ops = ops_for(*tensors)
     group = of_several(process_group) if training else None
     if ops is not None:
-        output = autograd.attempt(over(ops, group), input, residual, batch_norm, residual_batch_norm, training)
+        arguments = input, residual, batch_norm, residual_batch_norm, training, max_pool
+        output = autograd.attempt(over(ops, group), *arguments)
         if output is not None:
             return output
     arguments = input, residual, batch_norm, residual_batch_norm, training
     check(*arguments, is_whole_batch=group is None)
     normalized = reference.batch_norm if group is None else over(ops, group).batch_norm
-    return reference.batch_norm_add_relu(*arguments, normalized)
+    return reference.batch_norm_add_relu(*arguments, normalized, max_pool)

@@ -3,9 +3,11 @@
 They have no fake implementations: where somebody traces, PyTorch's own operators run.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
@@ -24,6 +26,62 @@ class BatchNorm(NamedTuple):
     eps: float = 1e-5
     num_batches_tracked: Tensor | None = None
     input_bias: Tensor | None = None
+
+
+class MaxPool(NamedTuple):
+    """Windows of :func:`torch.nn.functional.max_pool2d`, of H and W each."""
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    ceil_mode: bool
+    output_size: tuple[int, int]
+
+    @staticmethod
+    def of(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+        """None where the ops have no such windows. Raises what max_pool2d does."""
+        options = kernel_size, stride, padding, dilation, ceil_mode
+        try:
+            return _max_pool(input.shape, *(tuple(o) if isinstance(o, list) else o for o in options))
+        except (RuntimeError, TypeError):
+            F.max_pool2d(input, *options[:4], ceil_mode=ceil_mode)  # whose words depend on the device
+            raise
+
+    def numbers(self):
+        """As the ops take it."""
+        return [*self.kernel_size, *self.stride, *self.padding, *self.dilation, *self.output_size]
+
+    def sources(self, winners, input):
+        """For each element of the output the one of (H * W) that wins, and whether a gradient goes there."""
+        sizes = (len(winners), *self.output_size, input.shape[1])
+        if memory_format_of(input) == torch.contiguous_format:
+            winners = winners.view(sizes[0], sizes[3], *self.output_size)
+        else:
+            winners = winners.view(sizes).movedim(-1, 1)
+        passed = winners != 255
+        position, index = torch.where(passed, winners, 0).long(), 0
+        in_window = position // self.kernel_size[1], position % self.kernel_size[1]
+        for axis, size in enumerate(input.shape[2:]):
+            begins = torch.arange(self.output_size[axis], device=input.device) * self.stride[axis] - self.padding[axis]
+            begins = begins.view(-1, 1) if axis == 0 else begins
+            index = index * size + begins + in_window[axis] * self.dilation[axis]
+        return torch.where(passed, index, 0), passed
+
+
+@lru_cache(1024)
+def _max_pool(shape, *options):
+    output = F.max_pool2d(torch.empty(shape, device="meta"), *options[:4], ceil_mode=options[4])
+    kernel_size, stride, padding, dilation = (_pair(option) for option in options[:4])
+    if len(shape) != 4 or kernel_size[0] * kernel_size[1] > 255:
+        return None
+    return MaxPool(kernel_size, stride or kernel_size, padding, dilation, options[4], tuple(output.shape[2:]))
+
+
+def _pair(option):
+    if isinstance(option, int):
+        return option, option
+    return option and tuple(option) * (2 // len(option))
 
 
 def new_statistics(input, norms):
@@ -83,6 +141,10 @@ class Ops(NamedTuple):
     spans_processes = False
     batch_norm = staticmethod(reference.batch_norm)
 
+    def pools(self, input):
+        """Whether they take a max_pool: not on GPUs, yet."""
+        return self.batch_norm_add_relu.namespace == "resnet_fused" and input.is_cpu
+
     @classmethod
     def of(cls, namespace: str) -> "Ops":
         return cls(*(getattr(getattr(torch.ops, namespace), name).default for name in cls._fields))
@@ -91,16 +153,28 @@ class Ops(NamedTuple):
         """The ops for a tail of two batch norms, this one's and the other's; None where there are none."""
         return self if other == self else None
 
-    def forward(self, input, residual, batch_norm, residual_batch_norm, training, need_mask=False, statistics=None):
+    def forward(
+        self,
+        input,
+        residual,
+        batch_norm,
+        residual_batch_norm,
+        training,
+        max_pool=None,
+        need_mask=False,
+        statistics=None,
+    ):
         """(output, mask, statistics), None for what was not asked for."""
-        arguments = input, *batch_norm, training, need_mask, residual
+        arguments, options = (input, *batch_norm, training, need_mask, residual), {}
         if residual_batch_norm is not None:
             arguments += residual_batch_norm
-        if statistics is None:
-            return self.batch_norm_add_relu(*arguments)
-        return self.batch_norm_add_relu(*arguments, statistics=statistics)
+        if statistics is not None:
+            options["statistics"] = statistics
+        if max_pool is not None:
+            options["max_pool"] = max_pool.numbers()
+        return self.batch_norm_add_relu(*arguments, **options)
 
-    def backward(self, training, needed, grad_output, mask, statistics, *tensors, grad_means=None):
+    def backward(self, training, max_pool, needed, grad_output, mask, statistics, *tensors, grad_means=None):
         """The gradients of ``tensors``: input, weight, bias, input_bias, and the same of the residual, all of it None
         where it has no batch norm. ``needed``: whether each is.
         """
@@ -108,6 +182,9 @@ class Ops(NamedTuple):
         arguments = grad_output, mask, statistics, training, input, weight, bias, input_bias, *needed[:5]
         if residual is not None:
             arguments += residual, *of_residual, *needed[5:]
-        if grad_means is None:
-            return self.batch_norm_add_relu_backward(*arguments)
-        return self.batch_norm_add_relu_backward(*arguments, grad_means=grad_means)
+        options = {}
+        if grad_means is not None:
+            options["grad_means"] = grad_means
+        if max_pool is not None:
+            options["max_pool"] = max_pool.numbers()
+        return self.batch_norm_add_relu_backward(*arguments, **options)

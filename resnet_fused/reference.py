@@ -22,11 +22,15 @@ def batch_norm(input, bn, training):
     return F.batch_norm(input, bn.running_mean, bn.running_var, bn.weight, bn.bias, training, momentum, bn.eps)
 
 
-def batch_norm_add_relu(input, residual, norm, residual_norm, training, batch_norm=batch_norm):
-    """``relu(batch_norm(input + input_bias) [+ residual])``; the residual normalised where it has a batch norm."""
+def batch_norm_add_relu(input, residual, norm, residual_norm, training, batch_norm=batch_norm, max_pool=None):
+    """``relu(batch_norm(input + input_bias) [+ residual])``; the residual normalised where it has a batch norm, the
+    result pooled where there are windows for it."""
     output = batch_norm(input, norm, training)
     if residual_norm is not None:
         residual = batch_norm(residual, residual_norm, training)
     if residual is not None:
         output.add_(residual)  # as the reference block writes `Y += X`: the sum has the input's dtype and shape
-    return torch.relu(output)
+    output = torch.relu(output)
+    if max_pool is None:
+        return output
+    return F.max_pool2d(output, *max_pool[:4], ceil_mode=max_pool.ceil_mode)

@@ -61,16 +61,31 @@ class Synchronized(NamedTuple):
 
     spans_processes = True
 
+    def pools(self, input):
+        """As :meth:`Ops.pools`."""
+        return self.ops.pools(input)
+
     def beside(self, other):
         """As :meth:`Ops.beside`."""
         if type(other) is not Synchronized or (other.ops, other.group) != (self.ops, self.group):
             return None
         return self._replace(layers=self.layers + other.layers)
 
-    def forward(self, input, residual, batch_norm, residual_batch_norm, training, need_mask=False, statistics=None):
+    def forward(
+        self,
+        input,
+        residual,
+        batch_norm,
+        residual_batch_norm,
+        training,
+        max_pool=None,
+        need_mask=False,
+        statistics=None,
+    ):
         """As :meth:`Ops.forward`."""
+        options = max_pool, need_mask
         if not training:
-            return self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, need_mask, statistics)
+            return self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, *options, statistics)
         used = statistics
         if used is None:
             # Before the collective: no process is to wait for one that refuses its arguments.
@@ -80,25 +95,25 @@ class Synchronized(NamedTuple):
         nothing = {"running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.0}
         batch_norm = batch_norm._replace(**nothing)
         residual_batch_norm = residual_batch_norm and residual_batch_norm._replace(**nothing)
-        output, mask, _ = self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, need_mask, used)
+        output, mask, _ = self.ops.forward(input, residual, batch_norm, residual_batch_norm, False, *options, used)
         return output, mask, used if statistics is None else None
 
-    def backward(self, training, needed, grad_output, mask, statistics, *tensors):
+    def backward(self, training, max_pool, needed, grad_output, mask, statistics, *tensors):
         """As :meth:`Ops.backward`."""
         saved = grad_output, mask, statistics
         if not training:
-            return self.ops.backward(False, needed, *saved, *tensors)
+            return self.ops.backward(False, max_pool, needed, *saved, *tensors)
         # Of four each: tensors, what is needed and gradients, of the input and, from 4 on, of the residual.
         firsts = [first for first in (0, 4) if tensors[first] is not None]
         # Without vectors: their gradients, which are sums, then are in float64.
         inputs = [tensor if i % 4 == 0 else None for i, tensor in enumerate(tensors)]
-        sums = self.ops.backward(True, [i % 4 in (1, 2) for i in range(8)], *saved, *inputs)
+        sums = self.ops.backward(True, max_pool, [i % 4 in (1, 2) for i in range(8)], *saved, *inputs)
         means = None
         if any(needed[first] for first in firsts):
             means = self._take_means(tensors[0], [sums[i + k] for i in firsts for k in (2, 1)])
             means = means.view(len(firsts), 2, -1)
         needed_tensors = [is_needed and i % 4 == 0 for i, is_needed in enumerate(needed)]
-        gradients = list(self.ops.backward(True, needed_tensors, *saved, *tensors, grad_means=means))
+        gradients = list(self.ops.backward(True, max_pool, needed_tensors, *saved, *tensors, grad_means=means))
         for i, is_needed in enumerate(needed):
             if is_needed and i % 4:  # batch statistics cancel a bias of the input
                 gradients[i] = torch.zeros_like(tensors[i]) if i % 4 == 3 else sums[i].to(tensors[i].dtype)

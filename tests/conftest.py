@@ -146,11 +146,11 @@ def calls(monkeypatch):
     """The names of the operators that blocks and swapped layers have called, in order, refusals left out."""
     calls, attempt = [], autograd.attempt
 
-    def spy(ops, input, residual, batch_norm, residual_batch_norm, training):
-        output = attempt(ops, input, residual, batch_norm, residual_batch_norm, training)
+    def spy(ops, input, residual, batch_norm, residual_batch_norm, training, max_pool=None):
+        output = attempt(ops, input, residual, batch_norm, residual_batch_norm, training, max_pool)
         if output is not None:
             added = "" if residual is None else "add_" if residual_batch_norm is None else "add_batch_norm_"
-            calls.append(f"batch_norm_{added}relu")
+            calls.append(f"batch_norm_{added}relu" + ("_max_pool2d" if max_pool else ""))
         return output
 
     monkeypatch.setattr(autograd, "attempt", spy)

@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 
 from resnet_fused import functional, reference
 
-from .tolerances import assert_close
+from .tolerances import RTOL, assert_close
 
 MEMORY_FORMATS = {
     ("contiguous", 4): torch.contiguous_format,
@@ -18,6 +19,22 @@ MEMORY_FORMATS = {
 def in_layout(tensor, layout):
     """tensor, dense in that layout where its number of dimensions has it."""
     return tensor.contiguous(memory_format=MEMORY_FORMATS.get((layout, tensor.dim()), torch.contiguous_format))
+
+
+def undecided(rectified, dtype, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    """For each window of a pooling whether it is for rounding to decide which of its values is the largest."""
+    options = kernel_size, stride or kernel_size, padding, dilation
+    pairs = [(o, o) if isinstance(o, int) else (*o, *o)[:2] for o in options]
+    sizes, windows = F.max_pool2d(rectified, *pairs, ceil_mode).shape[2:], rectified
+    for dim, size, kernel, step, before, distance in zip((2, 3), sizes, *pairs, strict=True):
+        reach = (kernel - 1) * distance + 1
+        after = max((size - 1) * step + reach - before - rectified.shape[dim], 0)
+        beside = [torch.full_like(windows.narrow(dim, 0, 1), -1.0).expand_as(windows.narrow(dim, 0, 1))]
+        windows = torch.cat([*beside * before, windows, *beside * after], dim)
+        windows = windows.unfold(dim, reach, step)[..., ::distance]
+    first, second = F.pad(windows.flatten(4), (0, 1), value=-1.0).topk(2).values.unbind(-1)
+    rounding = torch.finfo(dtype).eps * first + min(RTOL[dtype], RTOL[torch.float32]) * rectified.max()
+    return (first - second <= rounding) & (first > 0)
 
 
 def _to(tensor, device, dtype):
@@ -43,6 +60,7 @@ class Problem:
     residual_input_bias: torch.Tensor | None = None
     normalizes_residual: bool = False
     options: dict = field(default_factory=dict)
+    windows: dict = field(default_factory=dict)  # of a pooling of what was rectified, or none
 
     DIFFERENTIABLE = ("input", "weight", "bias", "input_bias")
     DIFFERENTIABLE += ("residual", "residual_weight", "residual_bias", "residual_input_bias")
@@ -57,6 +75,7 @@ class Problem:
         device="cpu",
         residual=True,
         parameter_dtype=None,
+        windows=None,
         **options,
     ):
         """Values of both signs in every channel: the ReLU clips 30 to 70 % of the outputs (asserted by the caller).
@@ -86,12 +105,16 @@ class Problem:
             tensors[1].mul_(3).add_(vector().view(-1, *[1] * (len(shape) - 2)))
             vectors |= batch_norm(tensors[1], "residual_")
             options = {"residual_momentum": 0.3, "residual_eps": 0.02, **options}
+        if windows:  # of which the ReLU is to clip as many: all their values
+            vectors["bias"] = -vectors["weight"].abs() * (1.2 + 0.3 * vector().tanh().to(vectors["weight"]))
+            tensors = *tensors[:2], torch.randn_like(F.max_pool2d(tensors[2], **windows))
         return cls(
             input=make(x),
             residual=make(tensors[1]) if residual else None,
             grad_output=make(tensors[2]),
             normalizes_residual=residual == "normalized",
             options={"training": True, **options},
+            windows=windows or {},
             **vectors,
         )
 
@@ -143,11 +166,14 @@ class Problem:
             residual_batch_norm = functional.BatchNorm(**of_residual) if self.normalizes_residual else None
             of_tail = input, residual, functional.BatchNorm(**arguments), residual_batch_norm, training
             if functions is reference:
-                return reference.batch_norm_add_relu(*of_tail)
+                output = reference.batch_norm_add_relu(*of_tail)
+                return F.max_pool2d(output, **self.windows) if self.windows else output
             return functions.batch_norm_add_batch_norm_relu(*of_tail)
         if arguments["residual"] is not None:
             return functions.batch_norm_add_relu(**arguments)
         del arguments["residual"]
+        if self.windows:
+            return functions.batch_norm_relu_max_pool2d(**arguments, **self.windows)
         return functions.batch_norm_relu(**arguments)
 
     def reference(self, **kwargs):
@@ -161,6 +187,11 @@ class Problem:
             sizes = torch.maximum(actual["output"].to("cpu", torch.float64), expected["output"])
             is_tie = sizes <= 1e-14 * sizes.max()  # an input that is the mean, say: the reference rounds
             assert (edge & ~is_tie).sum() <= 1 + 1e-5 * edge.numel()
+        if self.windows:
+            rectified = self.with_(windows={}).reference(needs_grad=())["output"]
+            edge |= undecided(rectified, self.input.dtype, **self.windows)
+            assert edge.double().mean() < (0.3 if self.input.dtype.itemsize == 2 else 0.01)
+        if edge.any():
             grad_output = self.grad_output.masked_fill(edge.to(self.grad_output.device), 0)
             problem = self.with_(grad_output=grad_output)
             actual, expected = problem.run(**kwargs), problem.reference(**kwargs)

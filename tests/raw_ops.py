@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from resnet_fused.ops import MaxPool
+
 
 class Call(NamedTuple):
     op: Callable
@@ -43,6 +45,7 @@ def _call(ops, name, problem, needed=None, **values):
         "need_mask": True,
         "statistics": None,
         "grad_means": None,
+        "max_pool": MaxPool.of(problem.input, **problem.windows).numbers() if problem.windows else None,
         **problem.options,
         **values,
     }

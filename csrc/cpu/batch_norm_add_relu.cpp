@@ -94,37 +94,38 @@ constexpr int64_t kParallelElements = 32768;
 
 bool is_small(const Plan& plan) { return plan.outer * plan.channels * plan.inner < kParallelElements; }
 
-// Calls f(Work) for every chunk of every block, shared among the threads.
+// Calls f(Work) for every chunk, of so many, of every block, shared among the threads.
 template <typename F>
-void for_each_chunk(const Plan& plan, const F& f) {
-  const int64_t total = plan.blocks * plan.chunks;
+void for_each_chunk(const Plan& plan, int64_t chunks, const F& f) {
+  const int64_t total = plan.blocks * chunks;
   torch::stable::parallel_for(0, total, is_small(plan) ? total : 1, [&](int64_t begin, int64_t end) {
     while (begin < end) {  // a block's part of the range at a time
-      const int64_t block = begin / plan.chunks, first = begin % plan.chunks;
-      const int64_t last = std::min(plan.chunks, first + end - begin);
+      const int64_t block = begin / chunks, first = begin % chunks;
+      const int64_t last = std::min(chunks, first + end - begin);
       f(Work{block, first, last});
       begin += last - first;
     }
   });
 }
 
-// Runs reduce over every chunk of a channel, then finish for the channel, then apply over its chunks. With a block or
-// more per thread a thread takes its blocks through all three, one by one, while they are in its cache; else the
-// threads share the chunks, and meet in between.
+// Runs reduce over every chunk of a channel, then finish for the channel, then apply over its `applied` chunks, which
+// may be others. With a block or more per thread a thread takes its blocks through all three, one by one, while they
+// are in its cache; else the threads share the chunks, and meet in between.
 template <typename Reduce, typename Finish, typename Apply>
-void for_each_chunk_twice(const Plan& plan, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+void for_each_chunk_twice(const Plan& plan, int64_t applied, const Reduce& reduce, const Finish& finish,
+                          const Apply& apply) {
   if (is_small(plan) || plan.blocks >= torch::stable::get_num_threads()) {
     torch::stable::parallel_for(0, plan.blocks, is_small(plan) ? plan.blocks : 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         reduce(Work{block, 0, plan.chunks});
         finish(plan.block_begin(block), plan.block_end(block));
-        apply(Work{block, 0, plan.chunks});
+        apply(Work{block, 0, applied});
       }
     });
   } else {
-    for_each_chunk(plan, reduce);
+    for_each_chunk(plan, plan.chunks, reduce);
     finish(0, plan.channels);
-    for_each_chunk(plan, apply);
+    for_each_chunk(plan, applied, apply);
   }
 }
 
@@ -167,6 +168,58 @@ class CoefficientBuffer {
   std::unique_ptr<double[]> values_;
   int64_t channels_;
   ElementType type_;
+};
+
+// ---- Max pooling ----
+
+PooledRows pooled_rows(const MaxPool& windows, const Tensor& input, MemoryFormat format) {
+  return {windows, input.size(1), input.size(2), input.size(3), format != MemoryFormat::Contiguous};
+}
+
+// Of a pixel, in the kernels.
+int64_t values_of(const PooledRows& rows, const Plan& plan) { return rows.channels_last ? plan.group : 1; }
+
+// The gradient of what was pooled, a chunk at a time, made when it is asked for: its pass over memory costs more.
+class Unpooled {
+ public:
+  Unpooled(const Plan& plan, const PooledRows& rows, const Tensor& grad_output, const uint8_t* winners)
+      : plan_(plan),
+        rows_(rows),
+        grad_output_(grad_output),
+        winners_(winners),
+        size_(static_cast<int64_t>(grad_output.element_size())),
+        scratch_(uninitialised<char>(rows.backward_scratch(values_of(rows, plan), size_))) {}
+
+  // In a tensor and a mask of which only the chunk is there.
+  Gradient of_chunk(int64_t block, int64_t index) {
+    const Plan::Chunk chunk = plan_.chunk(index);
+    const int64_t channel = plan_.block_begin(block), last_channel = plan_.block_end(block) - 1;
+    const int64_t outer = chunk.outer_begin, last_outer = chunk.outer_end - 1;
+    const int64_t inner = chunk.inner_begin, last_inner = chunk.inner_end - 1;
+    const int64_t first = plan_.offset(outer, channel, inner);
+    const int64_t first_byte = plan_.mask_offset(outer, channel, inner);
+    const auto grow = [](auto& buffer, int64_t size, auto value) {
+      if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size, value);
+    };
+    grow(gradient_, (plan_.offset(last_outer, last_channel, last_inner) + 1 - first) * size_, '\0');
+    grow(passes_, plan_.mask_offset(last_outer, last_channel, last_inner) + 8 - first_byte, uint8_t{0xff});
+    char* const gradient = gradient_.data() - first * size_;
+    kernels(element_type(grad_output_))
+        .max_unpool(plan_, rows_, block, (outer * plan_.inner + inner) / rows_.width,
+                    (last_outer * plan_.inner + last_inner + 1) / rows_.width, grad_output_.data_ptr(), winners_,
+                    gradient, scratch_.get());
+    return {gradient, passes_.data() - first_byte};
+  }
+
+ private:
+  const Plan& plan_;
+  const PooledRows& rows_;
+  const Tensor& grad_output_;
+  const uint8_t* winners_;
+  int64_t size_;
+  std::unique_ptr<char[]> scratch_;
+  std::vector<char> gradient_;
+  std::vector<uint8_t> passes_;
 };
 
 // ---- Forward ----
@@ -274,13 +327,15 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   };
   if (a.values() == 0) {  // nothing to normalise: the statistics that come back are never used
     if (!a.statistics) std::fill_n(statistics_of(results.statistics, 0, 0), a.count * 2 * a.channels(), 0);
-    if (a.need_mask) results.mask = empty_tensor(input, {1, 0}, aoti_torch_dtype_uint8());
+    if (a.need_mask) results.mask = empty_tensor(input, {a.max_pool ? 0 : 1, 0}, aoti_torch_dtype_uint8());
     count_batch();
     return results;
   }
   const Plan plan = plan_of(input, format);
   if (a.need_mask) {
-    results.mask = empty_tensor(input, {plan.mask_rows(), plan.mask_row_bytes()}, aoti_torch_dtype_uint8());
+    const int64_t rows = a.max_pool ? input.size(0) : plan.mask_rows();
+    const int64_t bytes = a.max_pool ? results.output.numel() / rows : plan.mask_row_bytes();
+    results.mask = empty_tensor(input, {rows, bytes}, aoti_torch_dtype_uint8());
   }
   std::vector<NormForward> norms;
   norms.reserve(a.count);
@@ -292,15 +347,24 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
   const void* residual = a.count == 2 ? norms[1].input() : added.defined() ? added.data_ptr() : nullptr;
   uint8_t* mask = a.need_mask ? static_cast<uint8_t*>(results.mask.data_ptr()) : nullptr;
 
+  const Kernels& kernel = kernels(element_type(input));
+  void* output = results.output.data_ptr();
+  const PooledRows rows = a.max_pool ? pooled_rows(*a.max_pool, input, format) : PooledRows{};
+  const int64_t chunks = a.max_pool ? a.max_pool->output[0] * input.size(0) : plan.chunks;  // rows of windows
   const auto normalize = [&](Work work) {
     const Coefficients of_residual = norms.back().coefficients();
-    kernels(element_type(input))
-        .normalize(plan, work, norms[0].coefficients(), norms[0].input(), residual,
-                   a.count == 2 ? &of_residual : nullptr, results.output.data_ptr(), mask);
+    if (a.max_pool == nullptr) {
+      kernel.normalize(plan, work, norms[0].coefficients(), norms[0].input(), residual,
+                       a.count == 2 ? &of_residual : nullptr, output, mask);
+    } else {
+      const auto scratch = uninitialised<char>(rows.forward_scratch(values_of(rows, plan), input.element_size()));
+      kernel.normalize_max_pool(plan, rows, work.block, work.chunk_begin, work.chunk_end, norms[0].coefficients(),
+                                norms[0].input(), output, mask, scratch.get());
+    }
   };
   if (!a.takes_batch()) {
     for (NormForward& norm : norms) a.statistics ? norm.take_given_statistics() : norm.take_running_statistics();
-    for_each_chunk(plan, normalize);
+    for_each_chunk(plan, chunks, normalize);
     return results;
   }
   const auto reduce = [&](Work work) {
@@ -310,7 +374,7 @@ ForwardResults Cpu::forward(const ForwardArguments& a) {
     for (NormForward& norm : norms) norm.finish(begin, end);
   };
   count_batch();
-  for_each_chunk_twice(plan, reduce, finish, normalize);
+  for_each_chunk_twice(plan, chunks, reduce, finish, normalize);
   return results;
 }
 
@@ -325,7 +389,7 @@ Tensor Cpu::statistics(const NormArguments& a) {
   const MemoryFormat format = memory_format(a.input);
   const Plan plan = plan_of(a.input, format);
   NormForward norm(a, as_format(a.input, format), statistics_of(statistics, 0, channels), true, plan);
-  for_each_chunk(plan, [&](Work work) { norm.reduce(work); });
+  for_each_chunk(plan, plan.chunks, [&](Work work) { norm.reduce(work); });
   norm.finish(0, channels);
   return statistics;
 }
@@ -426,8 +490,11 @@ BackwardResults Cpu::backward(const BackwardArguments& a) {
     }
     return grad;
   }
-  const Plan plan = plan_of(input, format);
-  const uint8_t* mask = check_mask(a, plan.mask_rows(), plan.mask_row_bytes());
+  Plan plan = plan_of(input, format);
+  const uint8_t* mask = a.max_pool ? check_mask(a, input.size(0), a.grad_output.numel() / input.size(0))
+                                   : check_mask(a, plan.mask_rows(), plan.mask_row_bytes());
+  const PooledRows rows = a.max_pool ? pooled_rows(*a.max_pool, input, format) : PooledRows{};
+  if (a.max_pool) plan = of_whole_rows(plan, rows.width, rows.channels_last);
   const BackwardResults grad(a, format);
   std::vector<NormBackward> norms;
   norms.reserve(a.count);
@@ -443,20 +510,30 @@ BackwardResults Cpu::backward(const BackwardArguments& a) {
   }
 
   const Tensor dy = as_format(a.grad_output, format);
-  const Gradient gradient{dy.data_ptr(), mask};
+  const auto with_gradient = [&](Work work, const auto& f) {  // f(Work, Gradient)
+    if (a.max_pool == nullptr) return f(work, Gradient{dy.data_ptr(), mask});
+    Unpooled unpooled(plan, rows, dy, mask);
+    for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
+      f(Work{work.block, index, index + 1}, unpooled.of_chunk(work.block, index));
+    }
+  };
   const auto reduce = [&](Work work) {
-    for (NormBackward& norm : norms) norm.reduce(work, gradient);
+    with_gradient(work, [&](Work part, const Gradient& gradient) {
+      for (NormBackward& norm : norms) norm.reduce(part, gradient);
+    });
   };
   const auto finish = [&](int64_t begin, int64_t end) {
     for (NormBackward& norm : norms) norm.finish(begin, end);
   };
   const auto apply = [&](Work work) {
-    for (NormBackward& norm : norms) norm.apply(work, gradient);
+    with_gradient(work, [&](Work part, const Gradient& gradient) {
+      for (NormBackward& norm : norms) norm.apply(part, gradient);
+    });
   };
   if (sums) {
-    for_each_chunk_twice(plan, reduce, finish, apply);
+    for_each_chunk_twice(plan, plan.chunks, reduce, finish, apply);
   } else {
-    for_each_chunk(plan, apply);
+    for_each_chunk(plan, plan.chunks, apply);
   }
   return grad;
 }

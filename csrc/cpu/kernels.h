@@ -6,6 +6,7 @@
 #endif
 
 #include "../element_type.h"
+#include "max_pool.h"
 #include "plan.h"
 
 namespace resnet_fused {
@@ -49,6 +50,12 @@ struct Kernels {
   // grad_input, and grad_residual, where g goes: nullptr where not needed
   void (*input_gradient)(const Plan&, Work, const Coefficients&, const Gradient&, const void* input, void* grad_input,
                          void* grad_residual);
+  // Of the block, rows [begin, end) of windows, counted through the batch. winners: nullptr where not needed
+  void (*normalize_max_pool)(const Plan&, const PooledRows&, int64_t block, int64_t begin, int64_t end,
+                             const Coefficients&, const void* input, void* output, uint8_t* winners, void* scratch);
+  // Of the block, rows [begin, end) of the input's gradient, to where they are in a tensor that begins at grad.
+  void (*max_unpool)(const Plan&, const PooledRows&, int64_t block, int64_t begin, int64_t end, const void* grad_output,
+                     const uint8_t* winners, void* grad, void* scratch);
 };
 
 namespace baseline {

@@ -26,6 +26,7 @@ template <int count>
 struct Words {  // of as many lanes
   typedef uint32_t vector __attribute__((vector_size(count * 4)));
   typedef uint16_t halves __attribute__((vector_size(count * 2)));
+  typedef uint8_t bytes __attribute__((vector_size(count)));
 };
 
 // How elements are stored, and the largest value that is stored as 0.
@@ -602,8 +603,11 @@ void input_gradient(const Plan& plan, Work work, const Coefficients& coefficient
        static_cast<T*>(grad_residual));
 }
 
+#include "max_pool_impl.h"
+
 template <typename T>
-constexpr Kernels kKernels = {moments<T>, normalize<T>, gradient_sums<T>, input_gradient<T>};
+constexpr Kernels kKernels = {moments<T>,        normalize<T>,          gradient_sums<T>,
+                              input_gradient<T>, normalize_max_pool<T>, max_unpool<T>};
 
 }  // namespace
 

@@ -44,6 +44,11 @@ struct Plan {
     return {outer_begin, outer_end < outer ? outer_end : outer, inner_begin, inner_end < inner ? inner_end : inner};
   }
 
+  void count_chunks() {
+    inner_chunks = (inner + chunk_inner - 1) / chunk_inner;
+    chunks = (outer + chunk_outer - 1) / chunk_outer * inner_chunks;
+  }
+
   // Channels [block_begin, block_end) of a block.
   int64_t block_begin(int64_t block) const { return block * group; }
   int64_t block_end(int64_t block) const {
@@ -109,8 +114,17 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
   plan.chunk_outer = plan.row_outer * (plan.runs ? ceil_div(chunk, of_run) : chunk);
   if (plan.runs && chunk < of_run) plan.chunk_inner = chunk * kMinWidth;
   plan.blocks = ceil_div(channels, plan.group);
-  plan.inner_chunks = ceil_div(inner, plan.chunk_inner);
-  plan.chunks = ceil_div(outer, plan.chunk_outer) * plan.inner_chunks;
+  plan.count_chunks();
+  return plan;
+}
+
+// The same, of chunks that in memory are whole rows of an image, with nothing between them.
+inline Plan of_whole_rows(Plan plan, int64_t width, bool channels_last) {
+  const auto rows = [&](int64_t elements) { return elements < width ? width : elements / width * width; };
+  plan.row_outer = 1;
+  plan.chunk_outer = channels_last ? rows(kMaxChunk) : 1;
+  if (plan.runs) plan.chunk_inner = rows(kMaxChunk * kMinWidth) < plan.inner ? rows(kMaxChunk * kMinWidth) : plan.inner;
+  plan.count_chunks();
   return plan;
 }
 

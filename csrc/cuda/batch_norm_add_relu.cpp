@@ -74,6 +74,7 @@ Scratch scratch_of(const Tensor& partials, Device& device, int64_t channels, int
 
 ForwardResults Cuda::forward(const ForwardArguments& a) try {
   a.check();
+  STD_TORCH_CHECK(!a.max_pool, "max_pool: not on GPUs yet");
   const Tensor& input = a.input();
   Device device(input);
   const MemoryFormat format = memory_format(input);

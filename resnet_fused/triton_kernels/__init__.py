@@ -18,13 +18,14 @@ _SCHEMAS = {
     "bool need_mask, Tensor? residual=None, Tensor(d!)? residual_running_mean=None, "
     "Tensor(e!)? residual_running_var=None, Tensor? residual_weight=None, Tensor? residual_bias=None, "
     "float? residual_momentum=None, float? residual_eps=None, Tensor(f!)? residual_num_batches_tracked=None, "
-    "Tensor? residual_input_bias=None, Tensor? statistics=None) "
+    "Tensor? residual_input_bias=None, Tensor? statistics=None, int[]? max_pool=None) "
     "-> (Tensor output, Tensor mask, Tensor statistics)",
     "batch_norm_add_relu_backward": "(Tensor grad_output, Tensor mask, Tensor statistics, bool training, Tensor input, "
     "Tensor? weight, Tensor? bias, Tensor? input_bias, bool need_input, bool need_weight, bool need_bias, "
     "bool need_input_bias, bool need_residual, Tensor? residual=None, Tensor? residual_weight=None, "
     "Tensor? residual_bias=None, Tensor? residual_input_bias=None, bool need_residual_weight=False, "
-    "bool need_residual_bias=False, bool need_residual_input_bias=False, Tensor? grad_means=None) "
+    "bool need_residual_bias=False, bool need_residual_input_bias=False, Tensor? grad_means=None, "
+    "int[]? max_pool=None) "
     "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_input_bias, Tensor grad_residual, "
     "Tensor grad_residual_weight, Tensor grad_residual_bias, Tensor grad_residual_input_bias)",
     "batch_norm_statistics": "(Tensor input, float eps) -> Tensor",
