@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
+from .deferred import WatchedRectified
 from .inference import Route, layout_for
 
 _BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
@@ -75,6 +76,8 @@ class FusedResidual(Residual):
         return type(vars(self.conv1).get("_learned")) is Route and layout_for(self.conv1, X) is not None
 
     def forward(self, X: Tensor) -> Tensor:
+        if type(X) is WatchedRectified:
+            X.let_go()
         if ops_for(X) is None or not self.runs_fused() or self._infers(X):
             return super().forward(X)
         Y = convolve(self.conv2, call_tail(self.bn1, convolve(self.conv1, X)))

@@ -1,4 +1,5 @@
-"""A batch norm's output, put off: a tensor without data, which a sum joins and a ReLU turns into one operator's call.
+"""A batch norm's output, put off: a tensor without data, which a sum joins and a ReLU turns into one operator's call;
+or a ReLU and a max pooling, if nobody else was seen to take what is rectified.
 
 Whoever else touches it gets what the plain layer gives, made under what the layer was called under.
 """
@@ -17,11 +18,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import autograd
+from .ops import MaxPool
 
 RELUS_IN_PLACE = {F.relu_, torch.relu_, Tensor.relu_}
 RELUS = {F.relu, torch.relu, Tensor.relu} | RELUS_IN_PLACE
 ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__} | ADDS_IN_PLACE
+MAX_POOLS = {F.max_pool2d, torch.max_pool2d}
 _METHODS = (
     "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_inference get_device "
     "storage_offset"
@@ -48,6 +51,11 @@ def is_relu(function, args):
 def adds(function, args, kwargs):
     """Whether the call adds two tensors, and no more."""
     return function in ADDS and len(args) == 2 and (not kwargs or kwargs == {"alpha": 1})
+
+
+def max_pool_of(input, kernel_size, *options, return_indices=False, **others):
+    """The windows of a call of max_pool2d, or None where the operators have none. Raises what that does."""
+    return None if return_indices or len(options) > 4 else MaxPool.of(input, kernel_size, *options, **others)
 
 
 def is_per_channel(tensor, input):
@@ -163,14 +171,15 @@ class Call:
         if self.token is not None and output.requires_grad:
             output.register_hook(self.token)
 
-    def rectify(self, residual=None):
-        """relu of it, or of its sum with the residual, a tensor or a call; None where the operator refuses."""
+    def rectify(self, residual=None, max_pool=None):
+        """relu of it, or of its sum with the residual, a tensor or a call, or a pooling of that; None where the
+        operator refuses."""
         calls = (self, residual) if isinstance(residual, Call) else (self,)
         owed = [call.pay() for call in calls]  # before: a hook on what is saved may raise when the op has written
         ops, residual_norm = self.ops, None
         if isinstance(residual, Call):
             ops, residual, residual_norm = ops.beside(residual.ops), residual.input, residual.norm
-        output = autograd.attempt(ops, self.input, residual, self.norm, residual_norm, self.training)
+        output = autograd.attempt(ops, self.input, residual, self.norm, residual_norm, self.training, max_pool)
         for call, call.owes in zip(calls, owed if output is None else [False, False], strict=False):
             if output is None:
                 call.learned.refuse("the operator takes less than eager does")
@@ -219,6 +228,33 @@ class Sum:
         return call.rectify(residual)
 
 
+class Rectified:
+    """relu of a call, put off for a max pooling."""
+
+    def __init__(self, call):
+        self.call, self.learned, self.input = call, call.learned, call.input
+        self.output, self.is_stale = None, False
+
+    def is_open(self):
+        return self.output is None and self.call.is_open()
+
+    def tensors(self):
+        return self.call.tensors()
+
+    def of(self, *tensors):
+        return F.relu(self.call.of(*tensors))
+
+    def refuse(self, reason):
+        self.learned.pools = False
+
+    def make(self):
+        if self.output is None:
+            with self.call.as_called():
+                output = self.call.rectify() if self.call.is_open() else None
+                self.output = F.relu(self.call.value()) if output is None else output
+        return self.output
+
+
 class Promise(torch.autograd.Function):
     """The gradient for who never asks ``__torch_function__``: somebody's Function, a module's backward hook, reentrant
     checkpointing."""
@@ -260,6 +296,9 @@ class Traced(Tensor):
                 return function(*args, **kwargs)
         if function in DROPOUTS and (kwargs["p"] == 0 or (0 < kwargs["p"] <= 1 and not kwargs["training"])):
             return args[0]
+        if WatchedRectified in types and cls is not WatchedRectified:
+            WatchedRectified.end(args, kwargs)
+            return function(*args, **kwargs)
         return cls.asked(function, types, args, kwargs)
 
 
@@ -284,9 +323,11 @@ class Deferred(Traced):
         if is_relu(function, args):
             tensor = args[0] if args else kwargs["input"]
             is_in_place = function in RELUS_IN_PLACE or args[1:] == (True,) or kwargs.get("inplace", False)
-            output = _rectified(tensor.tail, is_in_place)
+            output = _rectified(tensor, is_in_place)
+        elif function in MAX_POOLS:
+            output = _pooled(*args, **kwargs)
         elif adds(function, args, kwargs):
-            output = _added(*args, function in ADDS_IN_PLACE)
+            output = _added(*map(_unrectified, args), function in ADDS_IN_PLACE)
         if output is None:
             args, kwargs = _made((args, kwargs), getattr(function, "__name__", str(function)))
             output = function(*args, **kwargs)
@@ -298,9 +339,14 @@ class Deferred(Traced):
         return function(*args, **kwargs)
 
 
-def _rectified(tail, is_in_place):
-    """relu of the tail, or None where it cannot be fused."""
-    output = tail.rectify() if tail.is_open() else None
+def _rectified(tensor, is_in_place):
+    """relu of it, or None where it cannot be fused."""
+    tail = tensor.tail
+    if not tail.is_open() or type(tail) is Rectified:
+        return None
+    if type(tail) is Call and tail.learned.pools and tail.ops.pools(tail.input):
+        return _replaced(tensor, Rectified(tail)) if is_in_place else defer(Rectified(tail))
+    output = tail.rectify()
     if output is not None and is_in_place:
         tail.output, tail.is_stale = output, True
         if type(tail) is Call:
@@ -308,10 +354,30 @@ def _rectified(tail, is_in_place):
     return output
 
 
+def _replaced(tensor, tail):
+    """What takes the tensor's place, the output of a call, and what the operator in place returns."""
+    tensor.tail.is_stale, tensor.tail = True, tail
+    return defer(tail) if torch.is_grad_enabled() else tensor
+
+
+def _pooled(input, *options, **others):
+    """max_pool2d of what was rectified, or None where it cannot be fused."""
+    tail = input.tail
+    if type(tail) is not Rectified or not tail.is_open() or not tail.call.ops.pools(tail.input):
+        return None
+    max_pool = max_pool_of(tail.input, *options, **others)
+    return None if max_pool is None else tail.call.rectify(max_pool=max_pool)
+
+
+def _unrectified(tensor):
+    """The tensor itself, or what was rectified, if that is what it stands for."""
+    return _made(tensor, "a sum") if type(tensor) is Deferred and type(tensor.tail) is Rectified else tensor
+
+
 def _added(a, b, is_in_place):
     """The sum, put off, or None where it cannot be."""
     if type(a) is not Deferred:
-        if is_in_place:
+        if is_in_place or type(b) is not Deferred:
             return None
         a, b = b, a
     call = a.tail
@@ -336,19 +402,16 @@ def _added(a, b, is_in_place):
         if b.is_inference():  # it counts no versions
             return None
         tail = Sum(call, residual)
-    if is_in_place:
-        call.is_stale, a.tail = True, tail
-        if not torch.is_grad_enabled():
-            return a
-    return defer(tail)
+    return _replaced(a, tail) if is_in_place else defer(tail)
 
 
 def _made(tree, name):
     """With what the plain layers give in the place of deferred tensors, which ``name`` asks for."""
 
     def make(tensor):
-        tensor.tail.learned.refuse(f"its output went to {name}")
-        return tensor.tail.make()
+        tail = tensor.tail
+        (tail if type(tail) is Rectified else tail.learned).refuse(f"its output went to {name}")
+        return tail.make()
 
     return tree_map_only(Deferred, make, tree)
 
@@ -416,8 +479,40 @@ class Watched(Traced):
                 call.learned.rectified = "add+relu" if is_sum else "relu"
             if type(output) is cls:
                 output.let_go()
-            return output
+            return output if is_sum or output.dim() != 4 else WatchedRectified.of(output, seen[0].learned)
         return cls.of(output, [call._replace(versions=call.versions + versions) for call in seen], is_sum=not is_bias)
+
+
+class WatchedRectified(Traced):
+    """What a ReLU gave of a batch norm's real output, as long as nobody but one max pooling asks for it."""
+
+    @staticmethod
+    def of(tensor, learned):
+        tensor.__class__ = WatchedRectified
+        tensor.learned, tensor.is_used = learned, False
+        learned.watched_rectified.append(ref(tensor))
+        return tensor
+
+    def let_go(self):
+        self.learned.pools, self.__class__ = False, Tensor
+        del self.learned, self.is_used
+
+    @staticmethod
+    def end(args, kwargs):
+        for tensor in tree_leaves((args, kwargs)):
+            if type(tensor) is WatchedRectified:
+                tensor.let_go()
+
+    @classmethod
+    def asked(cls, function, types, args, kwargs):
+        first = args[0] if args else None
+        if function in MAX_POOLS and type(first) is cls and not first.is_used:
+            with DisableTorchFunctionSubclass():
+                if max_pool_of(*args, **kwargs) is not None:
+                    first.is_used, first.learned.pools = True, first.learned.pools is not False
+                    return function(*args, **kwargs)
+        cls.end(args, kwargs)
+        return function(*args, **kwargs)
 
 
 class Learned:
@@ -428,10 +523,12 @@ class Learned:
     def __init__(self, name):
         self.name = name
         self.rectified = None  # "relu" or "add+relu", which a watched output went to
+        self.pools = None  # whether what was rectified went to a max pooling, and nowhere else
         self.reason = None  # why the layer is to be plain
         self.defers = False  # what it does now
         self.calls = 0  # that were watched
         self.watched = []  # their outputs, referenced weakly
+        self.watched_rectified = []  # what a ReLU gave of them, likewise
         self.outstanding = 0  # calls that a backward may run again
         self.is_compiled = False
         self.agreed = None  # whether all processes that normalise together want to defer; None: it is alone
@@ -479,7 +576,7 @@ class Learned:
         if self.reason is not None:
             return f"plain: {self.reason}"
         unknown = "watched" if self.calls else "plain: under torch.compile" if self.is_compiled else "may fuse"
-        return self.rectified if self.defers else unknown
+        return f"{self.rectified}{'+max_pool2d' * bool(self.pools)}" if self.defers else unknown
 
     def token(self):
         """What is to live as long as a backward may run a call again: checkpointing counts what is saved."""
@@ -491,6 +588,8 @@ class Learned:
         if not self.outstanding and not is_in_backward():
             if not self.defers and self.rectified and any(tensor() is not None for tensor in self.watched):
                 self.refuse("its output is kept")
+            if not self.defers and any(tensor() is not None for tensor in self.watched_rectified):
+                self.pools = False  # that is kept
             self.defers = self.wants() and self.agreed is not False
         return self.defers
 

@@ -21,7 +21,18 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import ops_for
 from .calls import is_plain, normalizing
-from .deferred import ADDS_IN_PLACE, RELUS, RELUS_IN_PLACE, Deferred, Learned, Traced, _made, _nobody, adds
+from .deferred import (
+    ADDS_IN_PLACE,
+    RELUS,
+    RELUS_IN_PLACE,
+    Deferred,
+    Learned,
+    Traced,
+    WatchedRectified,
+    _made,
+    _nobody,
+    adds,
+)
 
 _ops = torch.ops.mkldnn
 _CPU = torch.device("cpu")
@@ -453,8 +464,8 @@ def _unavailable(device_type, dtype):
 
 
 def as_plain(input):
-    """The tensor itself, of one that is followed or put off, where a convolution takes it."""
-    if type(input) is Followed:
+    """The tensor itself, of one that is followed, watched or put off, where a convolution takes it."""
+    if type(input) in (Followed, WatchedRectified):
         input.let_go()
     return input.tail.make() if type(input) is Chained else input
 

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from functools import partial
 
+from torch import Tensor
 from torch._C._autograd import _saved_tensors_hooks_is_enabled, _top_saved_tensors_default_hooks
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -16,7 +17,13 @@ def recomputing(output):
     Where ``output`` does not come from a fused ``batch_norm_relu`` that autograd records, or has been edited since, the
     context does nothing; nor where somebody watches, or hooks on saved tensors are refused.
     """
-    if is_watched() or not _saved_tensors_hooks_is_enabled() or not is_recomputable(output) or output._version != 0:
+    if (
+        type(output) is not Tensor
+        or is_watched()
+        or not _saved_tensors_hooks_is_enabled()
+        or not is_recomputable(output)
+        or output._version != 0
+    ):
         return nullcontext()
     node = output.grad_fn
     # Only the innermost hooks are called: those around (checkpointing's, an offload's) get all other tensors from here.

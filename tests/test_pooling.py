@@ -1,7 +1,5 @@
 """A fused model's max poolings on a CPU: PyTorch's outputs and gradients, to the bit."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -129,17 +127,3 @@ def test_the_input_is_not_saved_for_backward():
     plain, fused = twins(kernel_size=2)
     input = INPUT.clone().requires_grad_()
     assert saved_bytes(plain, input) - saved_bytes(fused, input) == input.nbytes
-
-
-@pytest.mark.parametrize("memory_efficient", [False, True])
-def test_a_stem(memory_efficient, pooled):
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))
-    fused = copy.deepcopy(plain.double())
-    fuse(fused, memory_efficient=memory_efficient)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        input = torch.randn(4, 3, 26, 26, dtype=torch.float64)
-        for actual, expected in zip(results_of(fused, input), results_of(plain, input), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
-    assert len(pooled) == 6
