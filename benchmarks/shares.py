@@ -1,11 +1,13 @@
 """Where the training step of a network spends its time on a CPU, plain and fused.
 
-A tail is batch norm, ReLU and the addition of the residual, and the gradients of these; accumulation is autograd's sum
-of the gradients of a tensor that has two users. What the tails take together, with the caches as the convolutions leave
-them, is what fusing them can save, and what it did save: the figure to quote.
+A tail is batch norm, ReLU and the addition of the residual, and the gradients of these; the stem a tail whose output is
+pooled, and that pooling; accumulation is autograd's sum of the gradients of a tensor that has two users. What tails and
+stem take together, with the caches as the convolutions leave them, is what fusing them can save, and what it did save:
+the figure to quote.
 """
 
 import itertools
+import math
 import resource
 import statistics
 
@@ -51,9 +53,21 @@ def profiled_step(network, images, labels):
     for event in profiler.events():
         group, time = group_of(event), event.self_cpu_time_total / 1e3
         groups[group] += time
-        if group == "tails":
-            key = f"{event.name} {'x'.join(map(str, event.input_shapes[0] if event.input_shapes else ()))}"
+        if group in ("tails", "pooling"):
+            shape = max(event.input_shapes or [()], key=math.prod)  # of a pooling, what is pooled
+            key = f"{event.name} {'x'.join(map(str, shape))}"
             tails[key] = tails.get(key, 0.0) + time
+    return groups, tails, faults
+
+
+def with_stem(step, shapes):
+    """The step with what is of one of the shapes as a group of its own."""
+    groups, tails, faults = step
+    groups = groups | {"stem": 0.0}
+    for key, time in tails.items():
+        if key.rpartition(" ")[2] in shapes:
+            groups["pooling" if "pool" in key.partition(" ")[0] else "tails"] -= time
+            groups["stem"] += time
     return groups, tails, faults
 
 
@@ -68,6 +82,9 @@ def shares(args, name, dtype, memory_format):
         for provider, network in networks.items():
             step = profiled_step(network, images, labels)
             steps[provider] += [step] if turn else []  # the first is for what is done once
+
+    pooled = {key.rpartition(" ")[2] for key in steps["eager"][0][1] if "max_pool2d" in key}
+    steps = {provider: [with_stem(step, pooled) for step in of_provider] for provider, of_provider in steps.items()}
 
     def median(of_step):
         return statistics.median(map(of_step, of_provider))
@@ -87,7 +104,9 @@ def shares(args, name, dtype, memory_format):
                 "page_faults": median(lambda step: step[2]),
             }
         )
-        rows[-1]["tails_ratio_to_eager"] = rows[0]["milliseconds"]["tails"] / rows[-1]["milliseconds"]["tails"]
+        for group in ("tails", "stem"):
+            times = [row["milliseconds"][group] for row in (rows[0], rows[-1])]
+            rows[-1][f"{group}_ratio_to_eager"] = times[0] / times[1] if times[1] else 1.0
     return rows
 
 
@@ -95,7 +114,10 @@ def print_row(row):
     total = sum(row["milliseconds"].values())
     groups = ", ".join(f"{group} {time:.1f} ms ({time / total:.0%})" for group, time in row["milliseconds"].items())
     case = ", ".join(row[key] for key in ("model", "dtype", "memory_format", "provider"))
-    print(f"{case}: {groups}; tails {row['tails_ratio_to_eager']:.2f}x eager; {row['page_faults']:.0f} page faults")
+    print(
+        f"{case}: {groups}; tails {row['tails_ratio_to_eager']:.2f}x and "
+        f"stem {row['stem_ratio_to_eager']:.2f}x eager; {row['page_faults']:.0f} page faults"
+    )
     for key, time in sorted(row["tails"].items(), key=lambda item: -item[1])[:SLOWEST]:
         print(f"    {time:7.2f} ms {key}")
 

@@ -58,19 +58,34 @@ def _in_memory(tensor, order, steps, starts):
 
 
 @st.composite
+def poolings(draw, size):
+    """Windows over an image of that size, as max_pool2d has them."""
+    pairs = []
+    for extent in size:
+        kernel = draw(st.integers(1, min(extent, 6)))
+        dilation = draw(st.integers(1, 3)) if kernel * 3 <= extent else 1
+        pairs.append((kernel, draw(st.integers(1, 7)), draw(st.integers(0, kernel // 2)), dilation))
+    return dict(zip(("kernel_size", "stride", "padding", "dilation"), zip(*pairs, strict=True), strict=True)) | {
+        "ceil_mode": draw(st.booleans())
+    }
+
+
+@st.composite
 def problems(draw):
     """What a problem is made of, as a failure shows it."""
     shape = draw(shapes())
     training = draw(st.booleans())
     names = ("input", "residual", "grad_output")
     momentum = st.floats(-2, 2)
+    residual = draw(st.sampled_from(list(WITH_RESIDUAL)))
     return {
         "seed": draw(st.integers(0, 2**32 - 1)),
         "shape": shape,
         "dtype": draw(st.sampled_from(DTYPES)),
         "is_half_everywhere": draw(st.booleans()),
         "layout": draw(st.sampled_from(LAYOUTS)),
-        "residual": draw(st.sampled_from(list(WITH_RESIDUAL))),
+        "residual": residual,
+        "windows": draw(st.none() | poolings(shape[2:])) if len(shape) == 4 and not residual else None,
         "training": training,
         "momentum": draw(st.none() | momentum if training else momentum),
         "eps": draw(st.floats(1e-5, 10)),
@@ -86,7 +101,7 @@ def _made(drawn, device):
     torch.manual_seed(drawn["seed"])
     dtype = drawn["dtype"]
     parameter_dtype = dtype if drawn["is_half_everywhere"] and dtype.itemsize == 2 else None
-    options = {name: drawn[name] for name in ("training", "momentum", "eps")}
+    options = {name: drawn[name] for name in ("windows", "training", "momentum", "eps")}
     problem = Problem.random(
         drawn["shape"], dtype, drawn["layout"], device, drawn["residual"], parameter_dtype, **options
     )
@@ -159,6 +174,8 @@ for shape in ((4, 5, 7, 9), (33, 63, 3, 3), (3, 10, 33, 33), (2, 1100, 2, 2)):
         for layout in ("contiguous", "channels_last"):
             for residual in (True, False, "normalized"):
                 Problem.random(shape, dtype, layout, residual=residual).check(clipped=None)
+            windows = {"kernel_size": 3, "stride": 2, "padding": 1}
+            Problem.random(shape, dtype, layout, residual=False, windows=windows).check(clipped=None)
 print(_C.cpu_capability())
 """
 

@@ -50,9 +50,9 @@ struct PooledRows {
     return {1, values, before, before + larger(windows.output[1], phase_pixels() + after)};
   }
 
-  // Rows that are needed at a time.
-  int64_t input_rows() const { return smaller(reach(0) + 1, height); }
-  int64_t window_rows() const { return smaller(reach(0) / windows.stride[0] + 1, windows.output[0]); }
+  // Rows that are needed at a time, and as many more as make a power of two: row h is kept at h & (rows - 1).
+  int64_t input_rows() const { return power_of_two(reach(0) + 1); }
+  int64_t window_rows() const { return power_of_two(reach(0) / windows.stride[0] + 1); }
   // A row of the gradient in phases, of contiguous tensors.
   int64_t gradient_phase() const { return phase_pixels() + kSlack; }
   int64_t gradient_row() const { return smaller(windows.stride[1], width) * gradient_phase(); }
@@ -65,6 +65,11 @@ struct PooledRows {
     return (window_rows() * window_row(values).size() + kSlack) * (element_size + 1) + gradient_row() * element_size;
   }
 
+  static int64_t power_of_two(int64_t least) {
+    int64_t power = 1;
+    while (power < least) power *= 2;
+    return power;
+  }
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 };
