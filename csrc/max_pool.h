@@ -17,7 +17,7 @@ struct MaxPool {
     return window * stride[axis] - padding[axis] + k * dilation[axis];
   }
 
-  // Whether these may be windows over an input of that size, by PyTorch's rules.
+  // Whether these may be windows over an input of that size, by PyTorch's rules, and none is larger than with padding.
   bool fits(int64_t height, int64_t width) const {
     for (int axis = 0; axis < 2; ++axis) {
       for (const int64_t value : {kernel[axis], stride[axis], dilation[axis], output[axis]}) {
@@ -26,7 +26,7 @@ struct MaxPool {
       const int64_t reach = (kernel[axis] - 1) * dilation[axis], size = axis == 0 ? height : width;
       if (padding[axis] < 0 || padding[axis] > (reach + 1) / 2) return false;
       if ((output[axis] - 1) * stride[axis] >= size + padding[axis]) return false;
-      if (reach > size + 2 * padding[axis] + stride[axis] - 2) return false;
+      if (reach >= size + 2 * padding[axis]) return false;
     }
     return kernel[0] <= kNoWinner && kernel[1] <= kNoWinner && kernel[0] * kernel[1] <= kNoWinner;
   }

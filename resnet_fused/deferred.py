@@ -54,8 +54,9 @@ def adds(function, args, kwargs):
 
 
 def max_pool_of(input, kernel_size, *options, return_indices=False, **others):
-    """The windows of a call of max_pool2d, or None where the operators have none. Raises what that does."""
-    return None if return_indices or len(options) > 4 else MaxPool.of(input, kernel_size, *options, **others)
+    """The windows of a call of max_pool2d, or None where the operators have none. Raises what that does. With indices
+    it would be another function."""
+    return MaxPool.of(input, kernel_size, *options, **others)
 
 
 def is_per_channel(tensor, input):

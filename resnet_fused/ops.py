@@ -75,6 +75,9 @@ def _max_pool(shape, *options):
     kernel_size, stride, padding, dilation = (_pair(option) for option in options[:4])
     if len(shape) != 4 or kernel_size[0] * kernel_size[1] > 255:
         return None
+    sizes = zip(kernel_size, padding, dilation, shape[2:], strict=True)
+    if any((kernel - 1) * distance >= size + 2 * pad for kernel, pad, distance, size in sizes):  # by ceil_mode
+        return None
     return MaxPool(kernel_size, stride or kernel_size, padding, dilation, options[4], tuple(output.shape[2:]))
 
 

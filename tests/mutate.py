@@ -53,6 +53,10 @@ LAYERS = "resnet_fused/layers.py"
 FUSING = "resnet_fused/fusing.py"
 INFERENCE = "resnet_fused/inference.py"
 POOLING = "resnet_fused/pooling.py"
+OPS = "resnet_fused/ops.py"
+MAX_POOL = "csrc/max_pool.h"
+CPU_MAX_POOL = "csrc/cpu/max_pool.h"
+CPU_MAX_POOL_KERNELS = "csrc/cpu/max_pool_impl.h"
 RECOMPUTE = "resnet_fused/recompute.py"
 SYNCHRONIZED = "resnet_fused/synchronized.py"
 
@@ -287,6 +291,30 @@ FAULTS = [
     Fault("vector added to a batch's statistics", DEFERRED, "is_bias = not call.training and", "is_bias =", "reach"),
     Fault("vector added in place of a bias", DEFERRED, " and call.norm.bias is None and", " and", "reach"),
     Fault("dropout lost", DEFERRED, '(kwargs["p"] == 0 or (0 < kwargs["p"] <= 1 and not kwargs["training"]))', "True", "reach"),
+    Fault("winner: the last of equals", CPU_MAX_POOL_KERNELS, "(value > best) |", "(value >= best) |", "max_pool"),
+    Fault("winner: no NaN", CPU_MAX_POOL_KERNELS, "(value > best) | (value != value)", "value > best", "max_pool"),
+    Fault("winner: of what is clipped, too", CPU_MAX_POOL_KERNELS, "    winner = best <= 0 ? lanes_t<T>{} + kNoWinner : winner;\n", "", "max_pool"),
+    Fault("winner: of the first window alone", CPU_MAX_POOL_KERNELS, "sum += select(won", "if (t == 0) sum += select(won", "max_pool"),
+    Fault("windows: rows above the image", CPU_MAX_POOL_KERNELS, "if (h < 0 || h >= rows.height)", "if (h >= rows.height)", "max_pool"),
+    Fault("windows: no padding before a row", CPU_MAX_POOL, "return {windows.stride[1], values, before, before +", "return {windows.stride[1], values, 0, before +", "max_pool"),
+    Fault("windows: a row too few kept", CPU_MAX_POOL, "power_of_two(reach(0) + 1)", "power_of_two(reach(0))", "max_pool"),
+    Fault("windows: a row of theirs too few kept", CPU_MAX_POOL, "power_of_two(reach(0) / windows.stride[0] + 1)", "power_of_two(reach(0) / windows.stride[0])", "max_pool"),
+    Fault("windows: the next row copied too early", CPU_MAX_POOL_KERNELS, "(in_phase.row < of_rows[0].phase ? 1 : 0)", "0", "max_pool"),
+    Fault("windows: of another image", CPU_MAX_POOL_KERNELS, "next = index == begin || window.row == 0 ? top :", "next = index == begin ? top :", "max_pool"),
+    Fault("windows: rows split where chunks end", PLAN, "return elements < width ? width : elements / width * width;", "return elements;", "max_pool"),
+    Fault("windows: beyond the input", MAX_POOL, "if ((output[axis] - 1) * stride[axis] >= size + padding[axis]) return false;", "", "max_pool"),
+    Fault("windows: of 256 positions", OPS, "kernel_size[1] > 255", "kernel_size[1] > 256", "max_pool"),
+    Fault("windows: sources in another order", OPS, "position // self.kernel_size[1], position % self.kernel_size[1]", "position % self.kernel_size[0], position // self.kernel_size[0]", "max_pool"),
+    Fault("pooled without its input's shape", AUTOGRAD, "if is_differentiated or max_pool is not None:", "if is_differentiated:", "max_pool"),
+    Fault("pooled output recomputed", AUTOGRAD, "residual is None and max_pool is None and", "residual is None and", "max_pool"),
+    Fault("ReLU put off for others, too", DEFERRED, "self.learned.pools, self.__class__ = False, Tensor", "self.__class__ = Tensor", "max_pool"),
+    Fault("ReLU put off though its output is kept", DEFERRED, "                self.pools = False  # that is kept\n", "                pass\n", "max_pool"),
+    Fault("ReLU put off again for who asked once", DEFERRED, "    def refuse(self, reason):\n        self.learned.pools = False", "    def refuse(self, reason):\n        pass", "max_pool"),
+    Fault("ReLU put off, and not made", DEFERRED, "self.output = F.relu(self.call.value()) if output is None else output", "self.output = self.call.value() if output is None else output", "max_pool"),
+    Fault("ReLU put off, and no gradient of it", DEFERRED, "return F.relu(self.call.of(*tensors))", "return self.call.of(*tensors)", "max_pool"),
+    Fault("ReLU in place leaves the old name behind", DEFERRED, "return _replaced(tensor, Rectified(tail)) if is_in_place else defer(Rectified(tail))", "return defer(Rectified(tail))", "max_pool"),
+    Fault("a stem in eval on CPUs plain", LAYERS, "learned.rectified and not learned.pools and", "learned.rectified and", "max_pool"),
+    Fault("a block takes a watched input for a subclass", BLOCKS, "        if type(X) is WatchedRectified:\n            X.let_go()\n", "", "synchronized"),
     Fault("pooling: ceil_mode forgotten", LAYERS, "self.dilation, self.ceil_mode", "self.dilation, False", "pooling"),
     Fault("pooling: positions as asked for", LAYERS, "not self.return_indices and", "", "pooling"),
     Fault("pooling: gradient of another layout", POOLING, "dtype=grad_output.dtype, memory_format=ctx.memory_format", "dtype=grad_output.dtype", "pooling"),

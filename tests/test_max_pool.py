@@ -26,6 +26,7 @@ WINDOWS = {
     "overlapping": {"kernel_size": 3, "stride": 1, "padding": 1},
     "oblong, dilated": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 3)},
     "beyond the end": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    "of even size": {"kernel_size": 4, "stride": 2, "padding": 1},
     "far apart": {"kernel_size": 2, "stride": (3, 4)},
     "1x1": {"kernel_size": 1, "stride": [2]},
     "long strides": {"kernel_size": (5, 9), "stride": (3, 7), "padding": (2, 4), "ceil_mode": True},
@@ -170,7 +171,10 @@ def test_second_gradients(backend, device, layout, training, name):
     assert torch.autograd.gradgradcheck(pooled, arguments, fast_mode=True)
 
 
-@pytest.mark.parametrize("windows", [{"kernel_size": 16}, {"kernel_size": (2, 128)}])
+LARGER = [{"kernel_size": 16}, {"kernel_size": (2, 128)}, {"kernel_size": (19, 3), "stride": 5, "ceil_mode": True}]
+
+
+@pytest.mark.parametrize("windows", LARGER)
 def test_larger_windows_are_pooled_by_themselves(backend, device, layout, windows, calls):
     problem = Problem.random((2, 3, 17, 130), torch.float32, layout, device, False, windows=windows)
     problem.check(clipped=None)
@@ -412,6 +416,22 @@ def test_what_is_rectified_may_go_anywhere(name, inplace, calls):
         model.then = copy.deepcopy(THEN[name])
     assert_trains_alike(plain, fused, size=size)
     assert report.layers["bn"].startswith("relu")
+
+
+@pytest.mark.parametrize("is_used_again", [False, True])
+def test_a_relu_in_place_whose_output_has_the_old_name(is_used_again, calls):
+    class ByOldName(Stem):
+        def forward(self, x):
+            x = self.bn(self.conv(x))
+            self.relu(x)
+            return self.head(self.then(x)) + (x.mean() if is_used_again else 0)
+
+    torch.manual_seed(0)
+    plain = ByOldName(nn.MaxPool2d(2), inplace=True).double()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert_trains_alike(plain, fused)
+    assert ("batch_norm_relu_max_pool2d" in calls) is not is_used_again
 
 
 class Skipping(nn.Module):
