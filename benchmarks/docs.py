@@ -129,13 +129,14 @@ def sizes(results):
     for (shape,) in unique(rows, "shape"):
         size = math.prod(shape) * harness.DTYPES["float32"].itemsize
         power = int(math.log2(size)) // 10
-        kinds = [(layout, provider) for layout in LAYOUTS for provider in ("eager", "fused")] + [("contiguous", "copy")]
+        of_shape = functools.partial(find, rows, shape=list(shape), threads=most)
         cells = [
-            find(rows, shape=list(shape), threads=most, memory_format=layout, provider=provider)
-            for layout, provider in kinds
+            against(*(of_shape(memory_format=layout, provider=provider) for provider in ("eager", "fused")))
+            for layout in LAYOUTS
         ]
-        lines.append([f"{size / 2 ** (10 * power):.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}", *map(milliseconds, cells)])
-    titles = ["bytes per tensor", *(f"{layout}: {name}" for layout in LAYOUTS for name in ("eager", "fused")), "a copy"]
+        copy = milliseconds(of_shape(memory_format="contiguous", provider="copy"))
+        lines.append([f"{size / 2 ** (10 * power):.0f} {('B', 'KiB', 'MiB', 'GiB')[power]}", *cells, copy])
+    titles = ["bytes per tensor", *(f"{layout}: eager / fused, ms" for layout in LAYOUTS), "a copy"]
     return table(titles, lines)
 
 
@@ -203,12 +204,14 @@ def shares(results):
     lines = []
     for name, layout in unique(rows, "model", "memory_format"):
         eager, fused = (find(rows, model=name, memory_format=layout, provider=p) for p in ("eager", "fused"))
-        times = eager["milliseconds"]
-        of_step = [f"{times[group] / sum(times.values()):.0%}" for group in ("tails", "convolutions")]
-        tails = [digits(row["milliseconds"]["tails"]) for row in (eager, fused)]
-        lines.append([f"`{name}`", layout, *tails, f"{fused['tails_ratio_to_eager']:.2f}", *of_step])
-    titles = ["a training step", "layout", "tails: eager, ms", "fused, ms", "eager / fused"]
-    return table([*titles, "tails, of eager's step", "convolutions"], lines)
+        times, cells = eager["milliseconds"], []
+        for group in ("tails", "stem"):
+            of_both = " / ".join(digits(row["milliseconds"][group]) for row in (eager, fused))
+            cells.append(f"{of_both} = {fused[f'{group}_ratio_to_eager']:.2f}")
+        of_step = [f"{times[group] / sum(times.values()):.0%}" for group in ("tails", "stem", "convolutions")]
+        lines.append([f"`{name}`", layout, *cells, *of_step])
+    titles = ["a training step", "layout", "tails: eager / fused, ms", "stem: eager / fused, ms"]
+    return table([*titles, "tails, of eager's step", "stem", "convolutions"], lines)
 
 
 def memory(results):

@@ -345,7 +345,7 @@ def _rectified(tensor, is_in_place):
     tail = tensor.tail
     if not tail.is_open() or type(tail) is Rectified:
         return None
-    if type(tail) is Call and tail.learned.pools and tail.ops.pools(tail.input):
+    if type(tail) is Call and tail.learned.defers_relu and tail.ops.pools(tail.input):
         return _replaced(tensor, Rectified(tail)) if is_in_place else defer(Rectified(tail))
     output = tail.rectify()
     if output is not None and is_in_place:
@@ -480,7 +480,7 @@ class Watched(Traced):
                 call.learned.rectified = "add+relu" if is_sum else "relu"
             if type(output) is cls:
                 output.let_go()
-            return output if is_sum or output.dim() != 4 else WatchedRectified.of(output, seen[0].learned)
+            return output if is_sum or output.dim() != 4 else WatchedRectified.of(output, seen[0])
         return cls.of(output, [call._replace(versions=call.versions + versions) for call in seen], is_sum=not is_bias)
 
 
@@ -488,15 +488,15 @@ class WatchedRectified(Traced):
     """What a ReLU gave of a batch norm's real output, as long as nobody but one max pooling asks for it."""
 
     @staticmethod
-    def of(tensor, learned):
+    def of(tensor, call):
         tensor.__class__ = WatchedRectified
-        tensor.learned, tensor.is_used = learned, False
-        learned.watched_rectified.append(ref(tensor))
+        tensor.call, tensor.is_used = call, False
+        call.learned.watched_rectified.append(ref(tensor))
         return tensor
 
     def let_go(self):
-        self.learned.pools, self.__class__ = False, Tensor
-        del self.learned, self.is_used
+        self.call.learned.pools, self.__class__ = False, Tensor
+        del self.call, self.is_used
 
     @staticmethod
     def end(args, kwargs):
@@ -507,10 +507,11 @@ class WatchedRectified(Traced):
     @classmethod
     def asked(cls, function, types, args, kwargs):
         first = args[0] if args else None
-        if function in MAX_POOLS and type(first) is cls and not first.is_used:
+        if function in MAX_POOLS and type(first) is cls and not first.is_used and first.call.holds():
             with DisableTorchFunctionSubclass():
                 if max_pool_of(*args, **kwargs) is not None:
-                    first.is_used, first.learned.pools = True, first.learned.pools is not False
+                    learned, first.is_used = first.call.learned, True
+                    learned.pools = learned.pools is not False
                     return function(*args, **kwargs)
         cls.end(args, kwargs)
         return function(*args, **kwargs)
@@ -525,6 +526,7 @@ class Learned:
         self.name = name
         self.rectified = None  # "relu" or "add+relu", which a watched output went to
         self.pools = None  # whether what was rectified went to a max pooling, and nowhere else
+        self.defers_relu = False  # for one, now
         self.reason = None  # why the layer is to be plain
         self.defers = False  # what it does now
         self.calls = 0  # that were watched
@@ -577,7 +579,7 @@ class Learned:
         if self.reason is not None:
             return f"plain: {self.reason}"
         unknown = "watched" if self.calls else "plain: under torch.compile" if self.is_compiled else "may fuse"
-        return f"{self.rectified}{'+max_pool2d' * bool(self.pools)}" if self.defers else unknown
+        return f"{self.rectified}{'+max_pool2d' * self.defers_relu}" if self.defers else unknown
 
     def token(self):
         """What is to live as long as a backward may run a call again: checkpointing counts what is saved."""
@@ -592,6 +594,7 @@ class Learned:
             if not self.defers and any(tensor() is not None for tensor in self.watched_rectified):
                 self.pools = False  # that is kept
             self.defers = self.wants() and self.agreed is not False
+            self.defers_relu = self.defers and bool(self.pools)
         return self.defers
 
 

@@ -41,6 +41,11 @@ def _to(tensor, device, dtype):
     return None if tensor is None else tensor.detach().to(device, dtype, copy=True)
 
 
+def _for_reference(tensor, dtype):
+    """Contiguous: of (2, 2, 1, 2) in strides (4, 1, 2, 2) eager's batch norm in eval errs in backward."""
+    return tensor.to("cpu", dtype, copy=True).contiguous()
+
+
 @dataclass
 class Problem:
     """The arguments of one call, and the gradient that its output gets."""
@@ -135,7 +140,7 @@ class Problem:
             if tensor is not None:
                 # detach, not clone: strides, overlaps and offsets are part of the problem
                 tensor = tensor.detach().clone() if dtype is None and tensor.dim() == 1 else tensor.detach()
-                tensor = tensor if dtype is None else tensor.to("cpu", dtype, copy=True)
+                tensor = tensor if dtype is None else _for_reference(tensor, dtype)
             tensors[name] = tensor
         leaves = {
             name: tensors[name] for name in self.DIFFERENTIABLE if tensors[name] is not None and name in needs_grad
@@ -148,7 +153,7 @@ class Problem:
         output = self.call(functions, {**tensors, **counters, **self.options})
         results = {"output": output.detach(), **counters}
         if leaves:
-            grad_output = self.grad_output if dtype is None else self.grad_output.to("cpu", dtype)
+            grad_output = self.grad_output if dtype is None else _for_reference(self.grad_output, dtype)
             grads = torch.autograd.grad(output, list(leaves.values()), grad_output, allow_unused=True)
             results |= {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
         for name in self.RUNNING:

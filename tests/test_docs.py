@@ -114,7 +114,8 @@ def _results(file):
         "curves": [{"test_accuracy": [0.5, 0.9944]} for _ in rows],
         "steps": [
             kind
-            | {"model": "resnet18", "milliseconds": {"tails": 12.0, "convolutions": 78.0}, "tails_ratio_to_eager": 1.0}
+            | {"model": "resnet18", "milliseconds": {"tails": 12.0, "stem": 8.0, "convolutions": 80.0}}
+            | {"tails_ratio_to_eager": 1.0, "stem_ratio_to_eager": 2.0}
             for kind in kinds
         ],
         "sent": {"resnet18": {phase: {"collectives": 17, "bytes": 77208} for phase in ("forward", "backward")}},
@@ -145,7 +146,8 @@ def test_every_table_is_written_from_results(written):
     assert "| `resnet18`, inference, 8 of 96x96 | 300 | 301 | not timed | **151** |" in networks
     assert "2 threads of A CPU (AVX2, l2 4 MiB), torch 2.14.1." in networks
     assert "| `resnet18`, train step, 32 of 96x96 | contiguous | 250 | 300 / 200 = 1.50 |" in written["resnet18"][1]
-    assert "| 1 KiB | 300 | 200 | 301 | 201 | 250 |" in written["sizes"][1]
+    assert "| 1 KiB | 300 / 200 = 1.50 | 301 / 201 = 1.50 | 250 |" in written["sizes"][1]
+    assert "| 12.0 / 12.0 = 1.00 | 8.00 / 8.00 = 2.00 | 12% | 8% | 80% |" in written["shares"][1]
     assert "| `resnet18` | 17 | 17 | 77,208 | 77,208 |" in written["sync"][1]
 
 

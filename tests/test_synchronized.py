@@ -86,15 +86,18 @@ def _part(tensor, sizes, rank):
 
 
 def functions(rank, ranks, device):
-    for seed in range(8):
+    windows = {"kernel_size": 2, "stride": 1, "padding": 1}
+    kinds = (True, "channels_last", None), ("normalized", "contiguous", None), (False, "channels_last", windows)
+    for seed in range(9):
         torch.manual_seed(seed)
-        residual, layout = ((True, "channels_last"), ("normalized", "contiguous"))[seed % 2]
+        residual, layout, windows = kinds[seed % 3]
         sizes = _sizes(ranks)
         shape = (sum(sizes), CHANNELS, *torch.randint(1, 6, (2,)).tolist())
         if shape[0] * shape[2] * shape[3] < 2:
             continue
-        whole = Problem.random(shape, torch.float64, layout, device, residual).with_input_bias()
-        parts = {name: _part(getattr(whole, name), sizes, rank) for name in ("input", "residual", "grad_output")}
+        whole = Problem.random(shape, torch.float64, layout, device, residual, windows=windows).with_input_bias()
+        names = ("input", "residual", "grad_output") if residual else ("input", "grad_output")
+        parts = {name: _part(getattr(whole, name), sizes, rank) for name in names}
         stages = {
             name: partial(getattr(functional, name), process_group=dist.group.WORLD)
             for name in dir(functional)
