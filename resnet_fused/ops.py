@@ -145,8 +145,8 @@ class Ops(NamedTuple):
     batch_norm = staticmethod(reference.batch_norm)
 
     def pools(self, input):
-        """Whether they take a max_pool: not on GPUs, yet."""
-        return self.batch_norm_add_relu.namespace == "resnet_fused" and input.is_cpu
+        """Whether they take a max_pool: Triton's do not, yet."""
+        return "triton" not in self.batch_norm_add_relu.namespace
 
     @classmethod
     def of(cls, namespace: str) -> "Ops":

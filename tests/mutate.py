@@ -39,6 +39,7 @@ PLAN = "csrc/cpu/plan.h"
 CUDA = "csrc/cuda/batch_norm_add_relu.cu"
 CUDA_GLUE = "csrc/cuda/batch_norm_add_relu.cpp"
 CUDA_PLAN = "csrc/cuda/plan.h"
+CUDA_POOL = "csrc/cuda/max_pool.h"
 DEVICE = "csrc/cuda/device.h"
 REDUCE = "csrc/cuda/reduce.cuh"
 TRITON = "resnet_fused/triton_kernels/kernels.py"
@@ -140,6 +141,15 @@ FAULTS = [
     Fault("CUDA: sign of the projection", CUDA, "g - offset[k] - centered", "g - offset[k] + centered", "ops"),
     Fault("CUDA: rounded mean in backward", CUDA, "dot -= dropped * sum;", "", "edges"),
     Fault("CUDA: frozen statistics projected", "csrc/cuda/kernels.h", "return training && grad_input", "return grad_input", "ops"),
+    Fault("CUDA: of equal values the last wins", CUDA, "value > best[k] ||", "value >= best[k] ||", "max_pool"),
+    Fault("CUDA: what is beside a row is pooled", CUDA, "&& w < columns.pixels;", "&& w <= columns.pixels;", "max_pool"),
+    Fault("CUDA: what was clipped wins", CUDA, "best[k] <= 0 ? kNoWinner", "best[k] < 0 ? kNoWinner", "max_pool"),
+    Fault("CUDA: winners of another row of a window", CUDA, "kw < columns.kernel && kw *", "kw *", "max_pool"),
+    Fault("CUDA: a vector's columns win alike", CUDA, "beside + (kWindow == 1 ? k : 0)", "beside", "max_pool"),
+    Fault("CUDA: coefficients by the output's plan", CUDA, "coefficients_of<A>(f.plan, norm.scratch)", "coefficients_of<A>(plan, norm.scratch)", "max_pool"),
+    Fault("CUDA: last window dropped", CUDA_POOL, "return last < count ? last + 1 : count;", "return last < count ? last : count;", "max_pool"),
+    Fault("CUDA: pooled vectors across rows", CUDA_GLUE, "input.size(3) * input.element_size() % 16 == 0", "true", "max_pool"),
+    Fault("CUDA: unaligned winners", CUDA_GLUE, "is_aligned({b.mask})", "true", "cuda_traffic"),
     Fault("semaphores by the stream's handle", DEVICE, 'check(cudaStreamGetId(stream_, &id), "cudaStreamGetId");', "id = reinterpret_cast<uintptr_t>(stream_);", "cuda_glue"),
     Fault("a graph takes its stream's semaphores", DEVICE, " && capture == cudaStreamCaptureStatusNone", "", "cuda_glue"),
     Fault("more semaphores than a stream has", DEVICE, "count <= kSemaphores && ", "", "cuda_glue"),
@@ -377,7 +387,7 @@ FAULTS = [
     Fault("default device taken for a watcher", BACKEND, "and {*map(type, _get_current_function_mode_stack())} != {DeviceContext}", "", "watchers"),
     Fault("subclasses of Tensor taken for tensors", BACKEND, " or type(input) not in _PLAIN_TYPES", "", "watchers"),
     Fault("CUDA: recomputed by running statistics", CUDA_GLUE, "f.training = a.training || f.given", "f.training = a.training", "recompute"),
-    Fault("CUDA: given statistics computed anew", CUDA, "if (f.training && !f.given) {\n      launch(", "if (f.training) {\n      launch(", "cuda_traffic"),
+    Fault("CUDA: given statistics computed anew", CUDA, "if (f.training && !f.given) {\n    with_type_and_width(", "if (f.training) {\n    with_type_and_width(", "cuda_traffic"),
     Fault("eps 0 in training", ARGUMENTS, "training ? eps > 0 : eps >= 0", "eps >= 0", "edges"),
     Fault("one value per channel", ARGUMENTS, "!training || values() != 1", "true", "edges"),
     Fault("half vectors for float32", ARGUMENTS, "(half && type == ScalarType::Float)", "(!half || type == ScalarType::Float)", "edges"),

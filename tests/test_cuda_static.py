@@ -8,8 +8,8 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,15 +54,16 @@ FEWER_BLOCKS = {
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 FULL_WIDTHS = {"half": 8, "bfloat16": 8, "float": 4, "double": 2}
-VARIANTS = {
-    "statistics": (None,),
-    "normalize": ("relu", "add_relu", "add_batch_norm_relu"),
-    "gradient_sums": (None,),
-    "input_gradient": (None,),
+VARIANTS = {  # by width
+    "statistics": lambda width: (None,),
+    "normalize": lambda width: ("relu", "add_relu", "add_batch_norm_relu", "relu_max_pool"),
+    "gradient_sums": lambda width: (None, *{"max_pool of 1", f"max_pool of {width}"}),
+    "input_gradient": lambda width: (None, *{"max_pool of 1", f"max_pool of {width}"}),
 }
 MANGLED = re.compile(
     r"\d(?P<name>statistics|normalize|gradient_sums|input_gradient)"
-    r"I(?P<element>6__half|13__nv_bfloat16|f|d)Li(?P<width>\d+)E(?:L\w*8ResidualE(?P<residual>\d)E)?EEv"
+    r"I(?P<element>6__half|13__nv_bfloat16|f|d)Li(?P<width>\d+)E"
+    r"(?:L\w*8ResidualE(?P<residual>\d)ELb(?P<pools>\d)E|Li(?P<of_window>\d)E)?EEv"
 )
 ELEMENTS = {"6__half": "half", "13__nv_bfloat16": "bfloat16", "f": "float", "d": "double"}
 
@@ -82,12 +83,17 @@ class Kernel(NamedTuple):
     def is_full_width(self):
         return self.width == FULL_WIDTHS[self.element]
 
+    @property
+    def pools(self):
+        return "max_pool" in (self.variant or "")
+
 
 ALL_KERNELS = {
     Kernel(name, element, width, variant)
     for name, variants in VARIANTS.items()
     for element, full_width in FULL_WIDTHS.items()
-    for width, variant in itertools.product((1, full_width), variants)
+    for width in (1, full_width)
+    for variant in variants(width)
 }
 
 
@@ -96,10 +102,12 @@ def kernel_of(mangled):
     match = MANGLED.search(mangled)
     if not match:
         return "count_batches" if "count_batches" in mangled else mangled
-    variant = None
-    if match["residual"]:
-        variant = VARIANTS["normalize"][int(match["residual"])]  # in the order of the enumeration Residual
-    return Kernel(match["name"], ELEMENTS[match["element"]], int(match["width"]), variant)
+    width, variant = int(match["width"]), None
+    if match["residual"]:  # in the order of the enumeration Residual
+        variant = VARIANTS["normalize"](width)[-1 if match["pools"] == "1" else int(match["residual"])]
+    elif match["of_window"] not in (None, "0"):
+        variant = f"max_pool of {match['of_window']}"
+    return Kernel(match["name"], ELEMENTS[match["element"]], width, variant)
 
 
 # Compilation ----------------------------------------------------------------------------------------------------------
@@ -373,9 +381,29 @@ def test_the_sizes_of_blocks_are_those_of_the_plan():
 
 @needs_nvdisasm
 def test_the_loop_over_rows_moves_16_bytes_at_each_access(code):
-    kernels = [kernel for kernel in ALL_KERNELS if kernel.is_full_width]
+    kernels = [kernel for kernel in ALL_KERNELS if kernel.is_full_width and not kernel.pools]
     faults = {str(kernel): narrow_accesses(code[kernel], traffic_of(kernel)) for kernel in kernels}
     assert {kernel: found for kernel, found in faults.items() if found} == {}
+
+
+def accesses(code, *operations):
+    """The widths in bits of those in the loops over rows, by how many there are."""
+    inside = {i for loop in hot_loops(code) for i in loop}
+    return Counter(bits_of(code[i]) for i in inside if code[i].is_one_of(*operations))
+
+
+@needs_nvdisasm
+def test_windows_are_read_in_vectors(code):
+    """Of neighbouring channels: a load, or store, for them, and one for their winners, of a byte each."""
+    for kernel in ALL_KERNELS:
+        if not kernel.is_full_width or kernel.variant not in ("relu_max_pool", f"max_pool of {kernel.width}"):
+            continue
+        winners = 8 * kernel.width
+        if kernel.name == "normalize":
+            expected = {128: 3}, {128: 1, winners: 1}
+        else:  # each load twice: of the first row, and of those that follow
+            expected = {128: 3, winners: 2}, {128: 1} if kernel.name == "input_gradient" else {}
+        assert (accesses(code[kernel], "LDG"), accesses(code[kernel], "STG")) == expected, str(kernel)
 
 
 def least_bytes_in_flight(kernel):
@@ -386,7 +414,8 @@ def least_bytes_in_flight(kernel):
 
 @needs_nvdisasm
 def test_the_loop_over_rows_keeps_memory_busy(code):
-    found = {kernel: bytes_in_flight(code[kernel]) for kernel in ALL_KERNELS if kernel.is_full_width}
+    kernels = [kernel for kernel in ALL_KERNELS if kernel.is_full_width and not kernel.pools]
+    found = {kernel: bytes_in_flight(code[kernel]) for kernel in kernels}
     assert {str(kernel): count for kernel, count in found.items() if count < least_bytes_in_flight(kernel)} == {}
 
 

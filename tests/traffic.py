@@ -10,6 +10,9 @@ LIMITS = {  # (residual, training): forward, backward
     (True, False): (3.1, 5.2),
     (False, False): (2.1, 4.2),
     ("normalized", False): (3.1, 6.2),
+    # Of a quarter as many windows, each with a byte for its winner: a 16th in float32, an 8th in half types.
+    ("pooled", True): (2.4, 3.75),
+    ("pooled", False): (1.4, 2.75),
 }
 
 

@@ -42,6 +42,13 @@ ChannelVector channel_vector(const Tensor& tensor) {
 }
 ChannelVector channel_vector(const OptionalTensor& tensor) { return channel_vector(tensor ? *tensor : Tensor()); }
 
+Pooling pooling_of(const MaxPool& max_pool, const Tensor& input, MemoryFormat format) {
+  const int64_t values = format == MemoryFormat::Contiguous ? 1 : input.size(1);
+  const auto images = [&](int64_t height, int64_t width) { return Images(height, width, values); };
+  return {images(input.size(2), input.size(3)), images(max_pool.output[0], max_pool.output[1]),
+          Windows(max_pool, 0, input.size(2)), Windows(max_pool, 1, input.size(3))};
+}
+
 void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
 // Partial sums and coefficients, in the accumulation type.
@@ -74,7 +81,6 @@ Scratch scratch_of(const Tensor& partials, Device& device, int64_t channels, int
 
 ForwardResults Cuda::forward(const ForwardArguments& a) try {
   a.check();
-  STD_TORCH_CHECK(!a.max_pool, "max_pool: not on GPUs yet");
   const Tensor& input = a.input();
   Device device(input);
   const MemoryFormat format = memory_format(input);
@@ -89,13 +95,23 @@ ForwardResults Cuda::forward(const ForwardArguments& a) try {
   f.given = a.statistics.has_value(), f.training = a.training || f.given;
   f.residual = pointer(dense[1]), f.output = results.output.data_ptr();
   if (!is_empty) {
-    f.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
-                     is_aligned({dense[0].data_ptr(), f.residual, f.output}), device.multiprocessors());
+    const bool aligned = is_aligned({dense[0].data_ptr(), f.residual, f.output});
+    const auto plan = [&](const Tensor& tensor, bool in_vectors) {
+      return plan_of(extents_of(tensor, format), static_cast<int>(input.element_size()), in_vectors,
+                     device.multiprocessors());
+    };
+    f.plan = f.output_plan = plan(input, aligned);
+    if (a.max_pool != nullptr) {  // neighbours' windows are next to each other only in channels_last
+      f.pools = true, f.pooling = pooling_of(*a.max_pool, input, format);
+      f.output_plan = plan(results.output, aligned && format != MemoryFormat::Contiguous);
+    }
   } else if (!f.given) {
     device.zero(results.statistics);  // nothing to normalise: those that come back are never used
   }
   if (a.need_mask) {
-    results.mask = empty_tensor(input, {f.plan.rows, f.plan.mask_stride()}, aoti_torch_dtype_uint8());
+    const int64_t rows = f.pools ? input.size(0) : f.plan.rows;
+    const int64_t bytes = f.pools ? results.output.numel() / rows : f.plan.mask_stride();
+    results.mask = empty_tensor(input, {rows, bytes}, aoti_torch_dtype_uint8());
     f.mask = static_cast<uint8_t*>(results.mask.data_ptr());
   }
   for (int i = 0; i < a.count; ++i) {
@@ -165,11 +181,18 @@ BackwardResults Cuda::backward(const BackwardArguments& a) try {
   Backward b{};
   b.type = element_type(input), b.training = a.training, b.count = static_cast<unsigned>(a.count);
   b.grad_output = dy.data_ptr(), b.grad_residual = pointer(grad.residual);
-  b.plan = plan_of(extents_of(input, format), static_cast<int>(input.element_size()),
-                   is_aligned({b.grad_output, b.grad_residual, pointer(dense[0]), pointer(dense[1]),
-                               pointer(grad.norms[0].input), pointer(grad.norms[1].input)}),
-                   device.multiprocessors());
-  b.mask = check_mask(a, b.plan.rows, b.plan.mask_stride());
+  bool aligned = is_aligned({b.grad_output, b.grad_residual, pointer(dense[0]), pointer(dense[1]),
+                             pointer(grad.norms[0].input), pointer(grad.norms[1].input)});
+  if (a.max_pool != nullptr) {
+    b.pools = true, b.pooling = pooling_of(*a.max_pool, input, format);
+    b.mask = check_mask(a, input.size(0), dy.numel() / input.size(0));
+    // A vector is of one row, or of one pixel, whose winners are one, too.
+    aligned &=
+        format == MemoryFormat::Contiguous ? input.size(3) * input.element_size() % 16 == 0 : is_aligned({b.mask});
+  }
+  b.plan =
+      plan_of(extents_of(input, format), static_cast<int>(input.element_size()), aligned, device.multiprocessors());
+  if (!b.pools) b.mask = check_mask(a, b.plan.rows, b.plan.mask_stride());
   for (int i = 0; i < a.count; ++i) {
     const NormBackwardArguments& norm = a.norms[i];
     const NormGradients& gradients = grad.norms[i];

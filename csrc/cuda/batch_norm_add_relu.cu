@@ -507,29 +507,72 @@ __device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const Nor
   return {mean, invstd, load(f.weight, channels, c, 1), load(f.bias, channels, c, 0)};
 }
 
+// The maxima of the windows at `element` of the output, and their positions, of what rectified(k, x) makes of the
+// input. Of equal values the first wins, of NaNs the last.
+template <typename T, int kWidth, typename F>
+__device__ __forceinline__ void max_pool(const Pooling& pooling, const Global<const T>& input, int64_t element,
+                                         F rectified, acc_t<T> (&best)[kWidth], unsigned (&winner)[kWidth]) {
+  constexpr int kAtOnce = 3;  // loads on their way
+  const Windows &rows = pooling.rows, &columns = pooling.columns;
+  const Images::Place window = pooling.output.place_of(element);
+  const int64_t image = pooling.input.element_of({window.image, window.value, 0, 0});
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) best[k] = -INFINITY, winner[k] = 0;
+#pragma unroll 1
+  for (unsigned kh = 0; kh < rows.kernel; ++kh) {
+    const unsigned h = rows.pixel(window.row, kh);
+    if (h >= rows.pixels) continue;
+    const int64_t row = image + h * pooling.input.row;
+#pragma unroll 1
+    for (unsigned kw = 0; kw < columns.kernel; kw += kAtOnce) {
+      Packed<T, kWidth> loaded[kAtOnce];
+      bool inside[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const unsigned w = columns.pixel(window.column, kw + i);
+        inside[i] = kw + i < columns.kernel && w < columns.pixels;
+        if (inside[i]) loaded[i] = input.template load_vector<kWidth>(row + w * pooling.input.pixel);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (!inside[i]) continue;
+        const auto x = loaded[i].unpacked();
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          const acc_t<T> value = widen(rectified(k, x[k]));
+          if (value > best[k] || value != value) best[k] = value, winner[k] = kh * columns.kernel + kw + i;
+        }
+      }
+    }
+  }
+}
+
 enum class Residual { none, as_it_is, normalized };
 
-template <typename T, int kWidth, Residual kResidual>
+template <typename T, int kWidth, Residual kResidual, bool kPools>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     normalize(const __grid_constant__ Forward f) {
   using A = acc_t<T>;
-  const Plan& plan = f.plan;
+  const Plan& plan = f.output_plan;
   const Position<kWidth> position(plan, f.training);
   if (f.training && blockIdx.x == 0 && position.thread == 0) {
     for (const NormForward& norm : f.norms) count_batch(norm.num_batches_tracked);
   }
 
-  const int64_t size = plan.rows * plan.columns;
+  const int64_t size = f.plan.rows * f.plan.columns;
   const Global<const T> input(static_cast<const T*>(f.norms[0].input), size);
   const Global<const T> residual(static_cast<const T*>(f.residual), size);
   struct Loaded {
     Packed<T, kWidth> x, r;
   };
   // As registers allow, without a spill.
-  constexpr int kAhead = kResidual == Residual::none ? 3 : kResidual == Residual::normalized && sizeof(T) == 2 ? 1 : 2;
+  constexpr int kAhead = kPools                                                ? 1
+                         : kResidual == Residual::none                         ? 3
+                         : kResidual == Residual::normalized && sizeof(T) == 2 ? 1
+                                                                               : 2;
   auto rows = rows_of<kAhead, true>(position, [&](Place place) {
     Loaded loaded;
-    loaded.x = input.template load_vector<kWidth>(place.element);
+    if (!kPools) loaded.x = input.template load_vector<kWidth>(place.element);
     if (kResidual != Residual::none) loaded.r = residual.template load_vector<kWidth>(place.element);
     return loaded;
   });
@@ -552,7 +595,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   if (f.training && !f.given) {
     rows.begin();
     store_coefficients([&](const NormForward& norm, int64_t channel) {
-      const Global<A> ready = coefficients_of<A>(plan, norm.scratch);
+      const Global<A> ready = coefficients_of<A>(f.plan, norm.scratch);
       return Coefficients<A>{ready.load(channel), ready.load(plan.channels + channel),
                              ready.load(2 * plan.channels + channel)};
     });
@@ -572,19 +615,39 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     });
   }
 
-  const Global<T> output(static_cast<T*>(f.output), size);
-  const Global<uint8_t> mask(f.mask, plan.rows * plan.mask_stride());
+  const auto rectified = [&](int k, T x, T r = {}) {
+    A value = (widen(x) - mean[0][k]) * scale[0][k] + shift[k];
+    if constexpr (kResidual == Residual::as_it_is) value += widen(r);
+    if constexpr (kResidual == Residual::normalized) value += (widen(r) - mean[1][k]) * scale[1][k];
+    return narrow<T>(0 > value ? 0 : value);  // NaN passes
+  };
+
+  const Global<T> output(static_cast<T*>(f.output), plan.rows * plan.columns);
+  const Global<uint8_t> mask(f.mask, plan.rows * (kPools ? plan.columns : plan.mask_stride()));
   rows.for_each([&](Place place, bool is_own, const Loaded& loaded) {
+    if constexpr (kPools) {
+      if (!is_own) return;
+      A best[kWidth];
+      unsigned winner[kWidth];
+      max_pool(f.pooling, input, place.element, rectified, best, winner);
+      Vector<T, kWidth> y;
+      Vector<uint8_t, kWidth> winners;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        y[k] = narrow<T>(best[k]);
+        winners[k] = static_cast<uint8_t>(best[k] <= 0 ? kNoWinner : winner[k]);
+      }
+      output.template store_vector<kWidth>(place.element, y);
+      if (mask) mask.template store_vector<kWidth>(place.element, winners);
+      return;
+    }
     unsigned passed = 0;
     if (is_own) {
       const auto x = loaded.x.unpacked(), r = loaded.r.unpacked();
       Vector<T, kWidth> y;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        A value = (widen(x[k]) - mean[0][k]) * scale[0][k] + shift[k];
-        if constexpr (kResidual == Residual::as_it_is) value += widen(r[k]);
-        if constexpr (kResidual == Residual::normalized) value += (widen(r[k]) - mean[1][k]) * scale[1][k];
-        y[k] = narrow<T>(0 > value ? 0 : value);  // NaN passes
+        y[k] = rectified(k, x[k], r[k]);
         passed |= static_cast<unsigned>(!(widen(y[k]) <= 0)) << k;
       }
       output.template store_vector<kWidth>(place.element, y);
@@ -608,17 +671,24 @@ __global__ void count_batches(const __grid_constant__ Forward f) {
 
 // ---- Backward ----
 
-// The masked gradient g, grad_output where the ReLU passed.
-template <typename T, int kWidth>
+// The masked gradient g, grad_output where the ReLU passed. kOfWindow: of a pooling's, values that a load takes, of as
+// many channels, or of one, whose windows then are of several of a thread's columns; 0 where nothing was pooled.
+template <typename T, int kWidth, int kOfWindow>
 struct Gradient {
   using A = acc_t<T>;
+  const Pooling& pooling;
   Global<const T> grad_output, input;
   Global<const uint8_t> mask;
 
   __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm)
-      : grad_output(static_cast<const T*>(b.grad_output), b.plan.rows * b.plan.columns),
+      : pooling(b.pooling),
+        grad_output(static_cast<const T*>(b.grad_output), kOfWindow ? outputs(b) : b.plan.rows * b.plan.columns),
         input(static_cast<const T*>(norm.input), b.plan.rows * b.plan.columns),
-        mask(b.mask, b.plan.rows * b.plan.mask_stride()) {}
+        mask(b.mask, kOfWindow ? outputs(b) : b.plan.rows * b.plan.mask_stride()) {}
+
+  static __device__ __forceinline__ int64_t outputs(const Backward& b) {
+    return b.plan.rows * b.plan.columns / b.pooling.input.image * b.pooling.output.image;
+  }
 
   struct Loaded {
     Packed<T, kWidth> g, x;
@@ -626,10 +696,44 @@ struct Gradient {
   };
   __device__ __forceinline__ Loaded load(Place place, bool needs_input) const {
     Loaded loaded;
-    loaded.g = grad_output.template load_vector<kWidth>(place.element);
+    if constexpr (kOfWindow == 0) loaded.g = grad_output.template load_vector<kWidth>(place.element);
     if (needs_input) loaded.x = input.template load_vector<kWidth>(place.element);
-    loaded.bits = mask.load(place.byte);
+    if constexpr (kOfWindow == 0) loaded.bits = mask.load(place.byte);
+    if constexpr (kOfWindow != 0) loaded.g = won(place.element);
     return loaded;
+  }
+
+  // The sums, in the windows' order, of the gradients of those that the columns at `element` have won.
+  __device__ __forceinline__ Vector<T, kWidth> won(int64_t element) const {
+    constexpr int kWindow = kOfWindow == 0 ? 1 : kOfWindow;
+    const Windows &rows = pooling.rows, &columns = pooling.columns;
+    const Images::Place pixel = pooling.input.place_of(element);
+    const unsigned begin = columns.begin(pixel.column), end = columns.end(pixel.column + kWidth / kWindow - 1);
+    const unsigned top = rows.begin(pixel.row), bottom = rows.end(pixel.row);
+    int64_t first = pooling.output.element_of({pixel.image, pixel.value, top, begin});
+    A sum[kWidth] = {};
+#pragma unroll 1
+    for (unsigned h = top; h < bottom; ++h, first += pooling.output.row) {
+      const unsigned below = pixel.row - rows.pixel(h, 0), kh = static_cast<unsigned>(below / rows.by_dilation);
+      if (kh * rows.dilation != below) continue;
+      int64_t window = first;
+#pragma unroll 1
+      for (unsigned w = begin; w < end; ++w, window += pooling.output.pixel) {
+        const auto winners = mask.template load_vector<kWindow>(window);
+        const auto g = grad_output.template load_vector<kWindow>(window);
+        const unsigned beside = pixel.column - columns.pixel(w, 0);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) {
+          const unsigned kw = winners[k % kWindow] - kh * columns.kernel;  // kNoWinner is beyond every row of positions
+          const bool is_won = kw < columns.kernel && kw * columns.dilation == beside + (kWindow == 1 ? k : 0);
+          if (is_won) sum[k] += widen(g[k % kWindow]);
+        }
+      }
+    }
+    Vector<T, kWidth> rounded;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) rounded[k] = narrow<T>(sum[k]);
+    return rounded;
   }
 
   // Calls f(k, g, centered) for the columns of a row; g as stored, centered = input - mean. A select, not a product,
@@ -640,7 +744,7 @@ struct Gradient {
     const unsigned bits = loaded.bits >> (threadIdx.x * kWidth % 8);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      f(k, bits >> k & 1 ? g[k] : narrow<T>(0), needs_input ? widen(x[k]) - mean[k] : 0);
+      f(k, kOfWindow != 0 || bits >> k & 1 ? g[k] : narrow<T>(0), needs_input ? widen(x[k]) - mean[k] : 0);
     }
   }
 };
@@ -684,7 +788,7 @@ __device__ __forceinline__ void finish_gradients(const Plan& plan, const NormBac
   ready.store(3 * plan.channels + c, values.slope);
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, int kOfWindow>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     gradient_sums(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
@@ -692,9 +796,10 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, false, b.count);
 
-  using Loaded = typename Gradient<T, kWidth>::Loaded;
-  const Gradient<T, kWidth> gradient(b, norm);
-  auto rows = rows_of<2, false>(position, [&](Place place) { return gradient.load(place, true); });
+  using Loaded = typename Gradient<T, kWidth, kOfWindow>::Loaded;
+  const Gradient<T, kWidth, kOfWindow> gradient(b, norm);
+  constexpr int kAhead = kOfWindow == 0 ? 2 : 1;
+  auto rows = rows_of<kAhead, false>(position, [&](Place place) { return gradient.load(place, true); });
   rows.begin();
   __shared__ Shared<A, kMaxTileX * kWidth> means;
   const Global<const double> statistics(norm.statistics, 2 * plan.channels);
@@ -746,7 +851,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   });
 }
 
-template <typename T, int kWidth>
+template <typename T, int kWidth, int kOfWindow>
 __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     input_gradient(const __grid_constant__ Backward b) {
   using A = acc_t<T>;
@@ -754,8 +859,8 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const NormBackward& norm = norm_of(b);
   const Position<kWidth> position(plan, true, b.count);
 
-  using Loaded = typename Gradient<T, kWidth>::Loaded;
-  const Gradient<T, kWidth> gradient(b, norm);
+  using Loaded = typename Gradient<T, kWidth, kOfWindow>::Loaded;
+  const Gradient<T, kWidth, kOfWindow> gradient(b, norm);
   const bool projects = norm.projects(b.training) || norm.grad_means != nullptr;
   auto rows = rows_of<1, true>(position, [&](Place place) { return gradient.load(place, projects); });
   rows.begin();
@@ -805,7 +910,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       dr[k] = masked;
     });
     if (grad_input) grad_input.template store_vector<kWidth>(place.element, dx);
-    if (grad_residual) grad_residual.template store_vector<kWidth>(place.element, dr);
+    if (kOfWindow == 0 && grad_residual) grad_residual.template store_vector<kWidth>(place.element, dr);
   });
 }
 
@@ -850,16 +955,19 @@ void forward(const Forward& f, cudaStream_t stream) {
     if (f.training) launch(count_batches, 1, dim3(1), stream, f);
     return;
   }
-  with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
+  if (f.training && !f.given) {
+    with_type_and_width(f.type, f.plan.width, [&](auto element, auto width) {
+      launch(statistics<decltype(element), width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
+    });
+  }
+  if (f.output == nullptr) return;
+  with_type_and_width(f.type, f.output_plan.width, [&](auto element, auto width) {
     using T = decltype(element);
-    if (f.training && !f.given) {
-      launch(statistics<T, width.value>, f.count * f.plan.blocks(), block_of(f.plan), stream, f);
-    }
-    if (f.output == nullptr) return;
-    const auto second = f.residual == nullptr ? normalize<T, width.value, Residual::none>
-                        : f.count == 1        ? normalize<T, width.value, Residual::as_it_is>
-                                              : normalize<T, width.value, Residual::normalized>;
-    launch(second, f.plan.blocks(), block_of(f.plan), stream, f);
+    const auto second = f.pools                 ? normalize<T, width.value, Residual::none, true>
+                        : f.residual == nullptr ? normalize<T, width.value, Residual::none, false>
+                        : f.count == 1          ? normalize<T, width.value, Residual::as_it_is, false>
+                                                : normalize<T, width.value, Residual::normalized, false>;
+    launch(second, f.output_plan.blocks(), block_of(f.output_plan), stream, f);
   });
 }
 
@@ -869,8 +977,19 @@ void backward(const Backward& b, cudaStream_t stream) {
       filtered(b, [&](const NormBackward& norm) { return norm.grad_input != nullptr || b.grad_residual != nullptr; });
   with_type_and_width(b.type, b.plan.width, [&](auto element, auto width) {
     using T = decltype(element);
-    launch(gradient_sums<T, width.value>, sums.count * b.plan.blocks(), block_of(b.plan), stream, sums);
-    launch(input_gradient<T, width.value>, gradients.count * b.plan.blocks(), block_of(b.plan), stream, gradients);
+    const auto launch_both = [&](auto of_window) {
+      const auto first = gradient_sums<T, width.value, of_window.value>;
+      const auto second = input_gradient<T, width.value, of_window.value>;
+      launch(first, sums.count * b.plan.blocks(), block_of(b.plan), stream, sums);
+      launch(second, gradients.count * b.plan.blocks(), block_of(b.plan), stream, gradients);
+    };
+    if (!b.pools) {
+      launch_both(std::integral_constant<int, 0>{});
+    } else if (b.pooling.input.pixel > 1) {
+      launch_both(width);
+    } else {
+      launch_both(std::integral_constant<int, 1>{});
+    }
   });
 }
 

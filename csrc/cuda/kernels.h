@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../element_type.h"
+#include "max_pool.h"
 #include "plan.h"
 
 namespace resnet_fused::cuda {
@@ -38,14 +39,16 @@ struct NormForward {
 };
 
 struct Forward {
-  Plan plan;
+  Plan plan, output_plan;  // the same, but where the output is pooled
   ElementType type;
   bool training, given;  // given: training's statistics are there already, and are not to be kept
   unsigned count;        // of batch norms: the second is the residual's
   NormForward norms[2];
   const void* residual;  // nullptr for none
   void* output;          // nullptr: the statistics alone
-  uint8_t* mask;         // [rows, plan.mask_stride()], or nullptr where not needed
+  uint8_t* mask;         // [rows, plan.mask_stride()], or of each window the winner; nullptr where not needed
+  bool pools;            // by `pooling`
+  Pooling pooling;
 };
 
 // One batch norm of a backward.
@@ -70,6 +73,8 @@ struct Backward {
   const void* grad_output;
   const uint8_t* mask;
   void* grad_residual;  // of one that was added as it is; nullptr where not needed
+  bool pools;           // by `pooling`
+  Pooling pooling;
 };
 
 constexpr int64_t kSemaphores = 4096;  // of a stream: for both batch norms of any ResNet

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 #include <exception>
 #include <numeric>
 #include <random>
@@ -415,6 +416,10 @@ void run_block(unsigned index) {
 // Of every byte of the pages written in this launch, the last store.
 std::unordered_map<uintptr_t, std::vector<Event>> pages;
 
+// Of every page, the sectors that were read in this launch.
+constexpr size_t kSectorBytes = 32;
+std::unordered_map<uintptr_t, std::bitset<kPageBytes / kSectorBytes>> sectors;
+
 // By the address in a Global, which is looked up once a launch, in one of these places.
 std::array<std::pair<const void*, Allocation*>, 64> looked_up;
 std::vector<Counters> counted;
@@ -470,6 +475,7 @@ void run_blocks(unsigned grid, dim3 block, const Lane& of_launch, const std::fun
     if (thread.stack != nullptr) give_back_stack(thread);  // of a launch that was abandoned
   }
   pages.clear();
+  sectors.clear();
   blocks.clear();
   looked_up = {};
   lane = of_launch;
@@ -481,7 +487,7 @@ void run_blocks(unsigned grid, dim3 block, const Lane& of_launch, const std::fun
     threads[i].number = i;
     threads[i].index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
   }
-  counted.push_back({1, static_cast<int64_t>(grid * size), 0, 0, 0});
+  counted.push_back({1, static_cast<int64_t>(grid * size), 0, 0, 0, 0});
   std::vector<unsigned> order(grid);
   std::iota(order.begin(), order.end(), 0);
   if (shuffled) std::shuffle(order.begin(), order.end(), random_order);
@@ -497,6 +503,8 @@ void check_load(const Access& access, bool fresh) {
   const int bytes = access.n * access.size;
   check_was_written(place, bytes, "load");
   counted.back().bytes_read += bytes;
+  auto sector = sectors[place.address / kPageBytes][place.address % kPageBytes / kSectorBytes];
+  if (!sector) sector = true, counted.back().bytes_loaded += kSectorBytes;
   const auto page = pages.find(place.address / kPageBytes);
   if (page == pages.end()) return;
   const Event* writes = &page->second[place.address % kPageBytes];
@@ -588,7 +596,7 @@ void launch(unsigned grid, dim3 block, cudaStream_t stream, std::function<void()
 
 void memset(void* data, int value, size_t bytes, cudaStream_t stream) {
   enqueue(stream, [=](const Lane&) {
-    counted.push_back({1, 0, 0, static_cast<int64_t>(bytes), 0});
+    counted.push_back({1, 0, 0, static_cast<int64_t>(bytes), 0, 0});
     std::memset(data, value, bytes);
     Allocation* const allocation = find(data);
     if (allocation == nullptr || allocation->written.empty()) return;
@@ -615,6 +623,7 @@ Counters counters() {
     all.bytes_read += one.bytes_read;
     all.bytes_written += one.bytes_written;
     all.atomics += one.atomics;
+    all.bytes_loaded += one.bytes_loaded;
   }
   return all;
 }

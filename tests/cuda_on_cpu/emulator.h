@@ -31,9 +31,10 @@ namespace emulation {
 // In which order blocks, and the threads inside them, run; 0 is the natural one.
 void set_seed(unsigned seed);
 
-// Of one launch, or of several. Bytes are of global memory; atomics are apart.
+// Of one launch, or of several. Bytes are of global memory; atomics are apart. bytes_loaded: of sectors, what moves
+// into the L2 cache, each counted once in a launch, however often it is read.
 struct Counters {
-  int64_t launches, threads, bytes_read, bytes_written, atomics;
+  int64_t launches, threads, bytes_read, bytes_written, atomics, bytes_loaded;
 };
 Counters counters();               // since reset_counters()
 std::vector<Counters> launches();  // likewise, launch by launch

@@ -26,7 +26,8 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
       .def_readonly("launches", &emulation::Counters::launches)
       .def_readonly("threads", &emulation::Counters::threads)
       .def_readonly("bytes_read", &emulation::Counters::bytes_read)
-      .def_readonly("bytes_written", &emulation::Counters::bytes_written);
+      .def_readonly("bytes_written", &emulation::Counters::bytes_written)
+      .def_readonly("bytes_loaded", &emulation::Counters::bytes_loaded);
   m.def("counters", &emulation::counters);
   m.def("reset_counters", &emulation::reset_counters);
   m.def("set_seed", &emulation::set_seed);
