@@ -16,11 +16,13 @@ def check_device(name, tensor, input):
         raise ValueError(f"{name}: expected a tensor on the input's device, {input.device}, got one on {tensor.device}")
 
 
-def check_like_input(name, tensor, input):
+def check_like_input(name, tensor, input, shape=None):
+    """``shape``: where it is not the input's."""
     check_device(name, tensor, input)
-    if tensor.shape != input.shape or tensor.dtype != input.dtype:
+    shape = input.shape if shape is None else shape
+    if tensor.shape != shape or tensor.dtype != input.dtype:
         raise ValueError(
-            f"{name}: expected the input's shape and type, {tuple(input.shape)} of {input.dtype}, "
+            f"{name}: expected shape {tuple(shape)} and the input's type, {input.dtype}, "
             f"got {tuple(tensor.shape)} of {tensor.dtype}"
         )
 

@@ -215,8 +215,7 @@ def batch_norm_relu_max_pool2d(
     batch_norm = BatchNorm(running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked, input_bias)
     options = kernel_size, stride, padding, dilation
     max_pool = None if is_watched() else MaxPool.of(input, *options, ceil_mode)
-    ops = ops_for(input)
-    if max_pool is not None and ops is not None and ops.pools(input):
+    if max_pool is not None:
         return _call(input, None, batch_norm, None, training, process_group, max_pool)
     output = _call(input, None, batch_norm, None, training, process_group)
     return F.max_pool2d(output, *options, ceil_mode=ceil_mode)

@@ -3,6 +3,7 @@
 They have no fake implementations: where somebody traces, PyTorch's own operators run.
 """
 
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -47,6 +48,22 @@ class MaxPool(NamedTuple):
         except (RuntimeError, TypeError):
             F.max_pool2d(input, *options[:4], ceil_mode=ceil_mode)  # whose words depend on the device
             raise
+
+    @staticmethod
+    def of_numbers(numbers, input, has_residual):
+        """What :meth:`numbers` says, for an op in Python; None of None."""
+        if numbers is None:
+            return None
+        if has_residual:
+            raise ValueError("residual: expected none before max_pool")
+        if len(numbers) == 10:
+            *options, output_size = zip(numbers[::2], numbers[1::2], strict=True)
+            for ceil_mode in (False, True):
+                with suppress(RuntimeError):
+                    max_pool = _max_pool(input.shape, *options, ceil_mode)
+                    if max_pool is not None and max_pool.output_size == output_size:
+                        return max_pool
+        raise ValueError(f"max_pool: expected windows over the input, of at most 255 positions, got {numbers}")
 
     def numbers(self):
         """As the ops take it."""
@@ -145,8 +162,8 @@ class Ops(NamedTuple):
     batch_norm = staticmethod(reference.batch_norm)
 
     def pools(self, input):
-        """Whether they take a max_pool: Triton's do not, yet."""
-        return "triton" not in self.batch_norm_add_relu.namespace
+        """Whether they take a max_pool: every backend's do."""
+        return True
 
     @classmethod
     def of(cls, namespace: str) -> "Ops":

@@ -89,10 +89,10 @@ def test_a_window_without_a_value_is_minus_infinity(backend, device, layout):
 def test_what_rounds_to_zero_wins_no_gradient(backend, device, layout):
     input = in_layout(torch.rand(2, 8, 6, 6, device=device).to(torch.float16), layout)
     var = torch.full((8,), 2.0**100, device=device)
-    x = input.clone().requires_grad_()
-    output = functional.batch_norm_relu_max_pool2d(x, torch.zeros_like(var), var, kernel_size=2)
+    x, bias = input.clone().requires_grad_(), torch.zeros_like(var).requires_grad_()
+    output = functional.batch_norm_relu_max_pool2d(x, torch.zeros_like(var), var, None, bias, kernel_size=2)
     output.sum().backward()
-    assert not output.any() and not x.grad.any()
+    assert not output.any() and not x.grad.any() and not bias.grad.any()
 
 
 # One channel; more than a row's columns; so many rows that threads share an image; a row of over 256.
@@ -141,8 +141,6 @@ def test_without_gradients(backend, device, layout, training, windows):
 def test_what_is_saved(backend, device):
     input = torch.randn(2, 64, 16, 16, device=device, requires_grad=True)
     layer = torch.nn.BatchNorm2d(64, device=device)
-    if not ops_for(input).pools(input):
-        pytest.skip("its ops take none")
 
     def stem(input):
         windows = {"kernel_size": 3, "stride": 2, "padding": 1}
@@ -236,8 +234,6 @@ WRONG = {
 def test_the_ops_refuse_other_numbers(backend, device, numbers):
     problem = Problem.random((2, 3, 6, 6), device=device, residual=False, windows={"kernel_size": 2})
     ops = ops_for(problem.input)
-    if not ops.pools(problem.input):
-        pytest.skip("its ops take none")
     call = raw_ops.forward(ops, problem)
     outputs = call()
     with pytest.raises((RuntimeError, ValueError), match="max_pool"):

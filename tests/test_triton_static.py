@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +36,11 @@ HOT = {  # (loads, stores) of whole vectors for each row, by with_residual
     "input_gradient": {True: (2, 2), "normalized": (3, 2), False: (2, 1)},
 }
 
+# A tile may lie beyond 2^31 elements. Few of that size run in the tests.
+NARROW = re.compile(r"tensor<\d+x\d+x!tt.ptr<\w+>>, tensor<\d+x\d+xi32>")
 
-def _launches(monkeypatch, shape, dtype, layout, with_residual):
+
+def _launches(monkeypatch, shape, dtype, layout, with_residual, **windows):
     """(kernel, grid, options, arguments) of a forward and a backward in training."""
     launches = []
     monkeypatch.setattr(glue, "launch", lambda *launch: launches.append(launch))
@@ -48,9 +52,10 @@ def _launches(monkeypatch, shape, dtype, layout, with_residual):
     problem = Problem(
         input=x,
         residual=x if with_residual else None,
-        grad_output=x,
+        grad_output=in_layout(F.max_pool2d(x, **windows), layout) if windows else x,
         normalizes_residual=with_residual == "normalized",
         options={"training": True},
+        windows=windows,
         **vectors,
     )
     raw_ops.backward(glue, problem, raw_ops.forward(glue, problem)())()
@@ -118,9 +123,7 @@ def test_nothing_spills_and_every_row_moves_16_bytes_at_each_access(monkeypatch,
                 asm = _compile(architecture, *launch)
                 if name in HOT:
                     hot[name, channels, height, with_residual] = asm
-                # A tile may lie beyond 2^31 elements. Few of that size run in the tests.
-                narrow = re.findall(r"tensor<\d+x\d+x!tt.ptr<\w+>>, tensor<\d+x\d+xi32>", asm["ttir"])
-                if narrow:
+                if narrow := NARROW.findall(asm["ttir"]):
                     found[name, "offsets"] = narrow
                 if "ftz" in asm["ptx"]:  # the mask of a subnormal output would be that of zero
                     found[name, "ftz"] = asm["ptx"].count("ftz")
@@ -137,6 +140,28 @@ def test_the_other_types_compile_without_a_spill(monkeypatch, dtype, layout, wit
     launches = _launches(monkeypatch, (128, 64, 24, 24), dtype, layout, with_residual)
     for code in _instructions(90, [_compile(90, *launch) for launch in launches]):
         assert _spills(code) == []
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(
+    "dtype", represented([torch.float32, torch.bfloat16, torch.float64], by=[torch.float32]), ids=str
+)
+@pytest.mark.parametrize("architecture", represented(ARCHITECTURES, by=[90]))
+def test_pooling_spills_nothing_and_reads_neighbours_together(monkeypatch, architecture, dtype, layout):
+    """Of channels 16 bytes at each access, and as many winners; of pixels, which are read apart, one by one."""
+    neighbours = 16 // dtype.itemsize if layout == "channels_last" else 1
+    windows = {"kernel_size": 3, "stride": 2, "padding": 1}
+    launches = _launches(monkeypatch, (32, 64, 24, 24), dtype, layout, False, **windows)
+    launches = [launch for launch in launches if launch[0].fn.__name__ in (*HOT,)[1:]]
+    asms = [_compile(architecture, *launch) for launch in launches]
+    assert [NARROW.findall(asm["ttir"]) for asm in asms] == [[], [], []]
+    for launch, code in zip(launches, _instructions(architecture, asms), strict=True):
+        name = launch[0].fn.__name__
+        assert _spills(code) == [], name
+        inside = {i for loop in loops_of(code) for i in loop}
+        loads = {bits_of(code[i]) for i in inside if is_global(code[i]) and code[i].is_one_of("LDG", "LD")}
+        winners = set() if name == "normalize" else {8 * neighbours}
+        assert loads == {8 * dtype.itemsize * neighbours} | winners, name
 
 
 # ---- The plan ----

@@ -1,18 +1,28 @@
 """What the Triton kernels launch and move, counted by the interpreter; and where their plans begin and end."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton.language as tl
 
 import resnet_fused.backend
 from resnet_fused import use_backend
-from resnet_fused.ops import matrix_shape
+from resnet_fused.ops import MaxPool, matrix_shape
 from resnet_fused.triton_kernels import batch_norm_add_relu, kernels, plan
 
 from .conftest import DTYPES, represented
 from .problem import Problem
 from .traffic import assert_within_limits, passes
 from .triton_on_cpu import counters  # noqa: F401  a fixture
+
+WINDOWS = {"kernel_size": 3, "stride": 2, "padding": 1}
+OPS = resnet_fused.backend.get("triton").ops
+
+
+def reset(counted):
+    vars(counted).update(dict.fromkeys(vars(counted), 0))
 
 
 @pytest.fixture
@@ -35,12 +45,7 @@ def with_programs(monkeypatch):
 def test_launches_and_traffic_are_those_of_the_design(counters, with_programs, dtype, layout, training, with_residual):  # noqa: F811
     with_programs(1)  # of 32 KiB each, as in a tensor that is large enough for the GPU
     problem = Problem.random((16, 32, 12, 12), dtype, layout, "cpu", with_residual, training=training)
-    ops = resnet_fused.backend.get("triton").ops
-
-    def reset():
-        counters.launches = counters.bytes_read = counters.bytes_written = 0
-
-    counted = passes(ops, problem, lambda: counters, reset)
+    counted = passes(OPS, problem, lambda: counters, partial(reset, counters))
     assert_within_limits(
         counted,
         training,
@@ -48,6 +53,33 @@ def test_launches_and_traffic_are_those_of_the_design(counters, with_programs, d
         launches=(3, 1, 3),
         of_vectors=0.06,
     )
+
+
+@pytest.mark.parametrize("dtype", represented(DTYPES, by=DTYPES[:1]), ids=str)
+def test_pooling_writes_nothing_in_between(counters, with_programs, dtype, layout, training):  # noqa: F811
+    """Of what windows, or the pixels of one, share, the first read counts: the caches are to have the others."""
+    with_programs(1)
+    problem = Problem.random((16, 32, 12, 12), dtype, layout, "cpu", False, windows=WINDOWS, training=training)
+
+    def loaded():
+        return SimpleNamespace(**vars(counters) | {"bytes_read": counters.bytes_loaded})
+
+    counted = passes(OPS, problem, loaded, partial(reset, counters))
+    assert_within_limits(counted, training, "pooled", launches=(3, 1, 3), of_vectors=0.06)
+
+
+def test_pooling_with_positions_of_64_bits(monkeypatch, layout):
+    windows_of = batch_norm_add_relu._windows
+    max_pool = MaxPool.of(torch.empty(1, 1, 2**14, 2**15, device="meta"), **WINDOWS)
+    for width, index in ((2**14, tl.int32), (2**15, tl.int64)):
+        assert windows_of(max_pool, (1, 1, 2**14, width), torch.contiguous_format).INDEX.value == index
+
+    def wide(*arguments):
+        return windows_of(*arguments)._replace(INDEX=tl.constexpr(tl.int64))
+
+    monkeypatch.setattr(batch_norm_add_relu, "_windows", wide)
+    with use_backend("triton"):
+        Problem.random((3, 5, 9, 14), layout=layout, residual=False, windows=WINDOWS).check(scale=2, clipped=None)
 
 
 @pytest.mark.parametrize(

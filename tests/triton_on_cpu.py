@@ -8,6 +8,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+SECTOR_BYTES = 32
+
 
 def convert_as_gpus_do():
     """float32 to bfloat16 to the nearest, ties to even, and back. The interpreter cuts off, and misreads subnormals."""
@@ -27,25 +29,31 @@ def convert_as_gpus_do():
 
 @pytest.fixture
 def counters(monkeypatch):
-    """launches, bytes_read and bytes_written, to be reset by whoever reads them.
+    """launches, bytes_read, bytes_written and bytes_loaded, to be reset by whoever reads them.
 
     An access of a tile counts an address once, as the GPU fetches it once: a channel's scale for all of its columns.
+    bytes_loaded: of sectors, each counted once in a launch, however often it is read.
     """
     from resnet_fused.triton_kernels import batch_norm_add_relu
 
-    counters = SimpleNamespace(launches=0, bytes_read=0, bytes_written=0)
+    counters, sectors = SimpleNamespace(launches=0, bytes_read=0, bytes_written=0, bytes_loaded=0), set()
     load, store, launch = (
         InterpreterBuilder.create_masked_load,
         InterpreterBuilder.create_masked_store,
         batch_norm_add_relu.launch,
     )
 
+    def addresses_of(pointers, mask):
+        return np.unique(np.broadcast_to(pointers.data, mask.data.shape)[mask.data])
+
     def bytes_of(pointers, mask):
-        addresses = np.unique(np.broadcast_to(pointers.data, mask.data.shape)[mask.data])
-        return addresses.size * pointers.get_element_ty().primitive_bitwidth // 8
+        return addresses_of(pointers, mask).size * pointers.get_element_ty().primitive_bitwidth // 8
 
     def count_load(self, pointers, mask, *arguments):
         counters.bytes_read += bytes_of(pointers, mask)
+        loaded = set((addresses_of(pointers, mask) // SECTOR_BYTES).tolist()) - sectors
+        counters.bytes_loaded += len(loaded) * SECTOR_BYTES
+        sectors.update(loaded)
         return load(self, pointers, mask, *arguments)
 
     def count_store(self, pointers, value, mask, *arguments):
@@ -54,6 +62,7 @@ def counters(monkeypatch):
 
     def count_launch(*arguments):
         counters.launches += 1
+        sectors.clear()
         launch(*arguments)
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", count_load)

@@ -2,15 +2,16 @@
 
 import contextlib
 import itertools
+import math
 from functools import lru_cache
 
 import torch
 import triton.language as tl
 
 from ..checks import check, check_device, check_input, check_like_input, check_of_forward, check_statistics
-from ..ops import BatchNorm, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
+from ..ops import BatchNorm, MaxPool, matrix_shape, memory_format_of, new_gradients, new_like_input, new_statistics
 from . import kernels
-from .kernels import Gradients, Matrix, Norm, Tail
+from .kernels import Axis, Gradients, Matrix, Norm, Tail, Windows
 from .plan import ceil_div, make_plan
 
 
@@ -18,13 +19,13 @@ def launch(kernel, grid, options, *arguments):
     kernel[grid](*arguments, **options)
 
 
-def _options(warps, takes_both=False):
-    """For the compiler. ``takes_both``: a backward pass that takes two batch norms at once."""
+def _options(warps, holds_more=False):
+    """For the compiler. ``holds_more``: a backward pass of two batch norms at once, or of windows."""
     return {
         "num_warps": warps,
         # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four
         # warps are on a multiprocessor at a time, with 168 three, and have some 64 KiB of loads under way.
-        "maxnreg": 168 if takes_both else 128,
+        "maxnreg": 168 if holds_more else 128,
         # No contraction but where a kernel says so.
         "enable_fp_fusion": False,
     }
@@ -36,24 +37,43 @@ def _on(device):
 
 
 @lru_cache(1024)
-def _plan(rows, columns, channels, dtype):
+def _plan(rows, columns, channels, dtype, is_pooled=False):
     """The plan, and what the kernels get of it."""
     plan = make_plan(rows, channels, columns // channels, dtype.itemsize)
+    # Neighbours along W read what is apart: 16 bytes at a time would put a warp's elements four times as far apart.
+    width = 1 if is_pooled and plan.inner > 1 else plan.width
     largest = max(plan.tiles * plan.block_x, 4 * plan.channels * plan.partials)
     matrix = Matrix(
         plan.rows,
-        plan.columns // plan.width,
+        plan.columns // width,
         plan.inner,
         plan.tiles,
         plan.splits,
         plan.split_rows,
         plan.partials,
         ceil_div(plan.columns, 8),
-        *map(tl.constexpr, (plan.width, plan.block_x, plan.block_y, plan.tile_channels)),
+        *map(tl.constexpr, (width, plan.block_x, plan.block_y, plan.tile_channels)),
         tl.constexpr(tl.float64 if dtype == torch.float64 else tl.float32),
         tl.constexpr(tl.int32 if largest < 2**31 else tl.int64),
     )
     return plan, matrix
+
+
+@lru_cache(1024)
+def _windows(max_pool, shape, memory_format):
+    """What the kernels get of a pooling of an input of that shape; None of None."""
+    if max_pool is None:
+        return None
+    axes, largest = [], max(shape[:2])
+    for axis, (size, windows) in enumerate(zip(shape[2:], max_pool.output_size, strict=True)):
+        kernel, stride, padding, dilation = (option[axis] for option in max_pool[:4])
+        stride = stride if windows > 1 else 1  # a single window's is no matter, and may be any number
+        reach = (kernel - 1) * dilation
+        cover = min(reach // stride + 1, windows)
+        axes.append(Axis(size, windows, *map(tl.constexpr, (kernel, stride, padding, dilation, cover))))
+        largest *= max(size, windows, reach)  # a position in or beside the input is less than 4 of it
+    is_channels_last = memory_format != torch.contiguous_format
+    return Windows(*axes, tl.constexpr(is_channels_last), tl.constexpr(tl.int32 if largest < 2**29 else tl.int64))
 
 
 def _scratch(input, *sizes):
@@ -75,15 +95,25 @@ def _dense(input, *tensors):
     return [None if tensor is None else tensor.contiguous(memory_format=memory_format) for tensor in tensors]
 
 
-def _mask_shape(input):
+def _output_shape(input, max_pool):
+    return input.shape if max_pool is None else (*input.shape[:2], *max_pool.output_size)
+
+
+def _mask_shape(input, max_pool):
+    """Of bits, or of winners."""
+    if max_pool is not None:
+        return len(input), math.prod(_output_shape(input, max_pool)[1:])
     rows, columns = matrix_shape(input)
     return rows, ceil_div(columns, 8)
 
 
-def _forward(input, residual, norms, training, need_mask, given):
+def _forward(input, residual, norms, training, need_mask, given, max_pool):
     """(output, mask, statistics) by ``norms``, each a BatchNorm: of the input, and, maybe, of the residual."""
-    output = new_like_input(input)
-    mask = input.new_empty(_mask_shape(input), dtype=torch.uint8) if need_mask else None
+    memory_format = memory_format_of(input)
+    output = torch.empty(
+        _output_shape(input, max_pool), dtype=input.dtype, device=input.device, memory_format=memory_format
+    )
+    mask = input.new_empty(_mask_shape(input, max_pool), dtype=torch.uint8) if need_mask else None
     statistics = new_statistics(input, len(norms)) if given is None else given
     takes_batch = training and given is None
     if input.numel() == 0:  # nothing to normalise: the statistics that come back are never used
@@ -107,13 +137,14 @@ def _forward(input, residual, norms, training, need_mask, given):
         for *tensors, norm in zip((x, r), statistics, norms, strict=False)
     ]
     r = r if len(norms) == 1 else None
-    options = _options(plan.warps)
     with _on(input.device):
         if takes_batch:
             _take_statistics(input, dense, norms, plan, matrix)
         of_norms = [(of_kernel, norm.eps) for of_kernel, norm in zip(dense, norms, strict=True)]
-        arguments = *_both(of_norms, None, 0.0), r, output, mask, matrix, training or given is not None
-        launch(kernels.normalize, (plan.programs,), options, *arguments)
+        windows = _windows(max_pool, input.shape, memory_format)
+        plan, matrix = _plan(*matrix_shape(output), input.shape[1], input.dtype, max_pool is not None)
+        arguments = *_both(of_norms, None, 0.0), r, output, mask, windows, matrix, training or given is not None
+        launch(kernels.normalize, (plan.programs,), _options(plan.warps), *arguments)
     if takes_batch:
         for of_kernel, norm in zip(dense, norms, strict=True):
             for name in ("running_mean", "running_var"):
@@ -144,19 +175,21 @@ def _projection(input, statistics, grad_means):
     return projection.copy_(torch.stack((grad - dropped * slope, slope)))
 
 
-def _backward(grad_output, mask, statistics, norms, training, need_residual, grad_means):
+def _backward(grad_output, mask, statistics, norms, training, need_residual, grad_means, max_pool):
     """The gradients of each of ``norms``, and of a residual that was added as it is.
 
     ``norms``: of the input, and, maybe, of the residual, each (input, vectors, needed), with the vectors (weight, bias,
     input_bias), and whether the gradients of the input and of each of these are needed."""
     like = norms[0][0]
     check_of_forward(like, statistics, *(vectors for _, vectors, _ in norms))
-    check_like_input("grad_output", grad_output, like)
+    max_pool = MaxPool.of_numbers(max_pool, like, len(norms) == 2 or need_residual)
+    check_like_input("grad_output", grad_output, like, _output_shape(like, max_pool))
     for x, _, _ in norms[1:]:
         check_like_input("residual", x, like)
     check_device("mask", mask, like)
-    if mask.shape != _mask_shape(like) or mask.dtype != torch.uint8:
-        raise ValueError(f"mask: expected uint8 of shape {_mask_shape(like)}, got {mask.dtype} of {tuple(mask.shape)}")
+    shape = _mask_shape(like, max_pool)
+    if mask.shape != shape or mask.dtype != torch.uint8:
+        raise ValueError(f"mask: expected uint8 of shape {shape}, got {mask.dtype} of {tuple(mask.shape)}")
     if grad_means is not None:
         check_statistics("grad_means", grad_means, len(norms), like)
         if any(any(needed) for _, _, (_, *needed) in norms):
@@ -169,8 +202,9 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual, gra
                 grad.zero_()
         return gradients, grad_residual
 
-    plan, matrix = _plan(*matrix_shape(like), like.shape[1], like.dtype)
-    tail = Tail(*_dense(like, grad_output), mask.contiguous())
+    plan, matrix = _plan(*matrix_shape(like), like.shape[1], like.dtype, max_pool is not None)
+    windows = _windows(max_pool, like.shape, memory_format_of(like))
+    tail = Tail(*_dense(like, grad_output), mask.contiguous(), windows)
     of_norms, need_sums = [], False
     means = grad_means if grad_means is not None else [None] * len(norms)
     for (x, vectors, needed), of_norm, grads, given in zip(norms, statistics, gradients, means, strict=True):
@@ -183,7 +217,7 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual, gra
             of_norms.append((_norm(*_dense(like, x), of_norm, *vectors), Gradients(*grads, projection)))
     of_norms = of_norms or [(None, Gradients(None))]
     norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
-    options = _options(plan.warps, takes_both=len(of_norms) == 2)
+    options = _options(plan.warps, holds_more=len(of_norms) == 2 or windows is not None)
     with _on(like.device):
         if need_sums:
             partials = _scratch(like, 1 + len(of_norms), plan.channels, plan.partials)
@@ -204,7 +238,7 @@ def batch_norm_add_relu(input, *arguments):
     """The arguments up to the last that is not a default."""
     norms, (training, need_mask, *optional) = [BatchNorm(*arguments[:_FIELDS])], arguments[_FIELDS:]
     residual, *optional = optional or [None]
-    residual_norm, (statistics,) = optional[:_FIELDS], optional[_FIELDS:] or [None]
+    residual_norm, (statistics, max_pool) = optional[:_FIELDS], [*optional[_FIELDS:], None, None][:2]
     residual_norm = BatchNorm(*residual_norm) if any(value is not None for value in residual_norm) else None
     if residual_norm is not None:
         norms.append(residual_norm)
@@ -214,7 +248,8 @@ def batch_norm_add_relu(input, *arguments):
         check_of_forward(input, statistics, *((norm.weight, norm.bias, norm.input_bias) for norm in norms))
     if residual is not None:
         check_like_input("residual", residual, input)
-    return _forward(input, residual, norms, training, need_mask, statistics)
+    max_pool = MaxPool.of_numbers(max_pool, input, residual is not None)
+    return _forward(input, residual, norms, training, need_mask, statistics, max_pool)
 
 
 def batch_norm_add_relu_backward(
@@ -239,17 +274,20 @@ def batch_norm_add_relu_backward(
     need_residual_bias=False,
     need_residual_input_bias=False,
     grad_means=None,
+    max_pool=None,
 ):
     norms = [(input, (weight, bias, input_bias), (need_input, need_weight, need_bias, need_input_bias))]
     if residual is None:
         (gradients,), grad_residual = _backward(
-            grad_output, mask, statistics, norms, training, need_residual, grad_means
+            grad_output, mask, statistics, norms, training, need_residual, grad_means, max_pool
         )
         return *gradients, grad_residual, None, None, None
     vectors = residual_weight, residual_bias, residual_input_bias
     needed = need_residual, need_residual_weight, need_residual_bias, need_residual_input_bias
     norms.append((residual, vectors, needed))
-    (gradients, residual_gradients), _ = _backward(grad_output, mask, statistics, norms, training, False, grad_means)
+    (gradients, residual_gradients), _ = _backward(
+        grad_output, mask, statistics, norms, training, False, grad_means, max_pool
+    )
     return *gradients, *residual_gradients
 
 

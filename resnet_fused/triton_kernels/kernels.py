@@ -9,6 +9,9 @@ A residual's own batch norm, residual_norm where there is one, comes after the i
 ``statistics`` and the two that finish have programs for either. The others take both at once: they read gradient and
 mask once.
 
+What is rectified to be pooled is never in memory: ``normalize`` walks the matrix of the output, and rectifies what its
+windows take; the backward passes sum the gradients that each element of the input has won.
+
 Y and X are a tile's rows and columns, and a vector (X,) has a value for each column. A pointer that is None is absent,
 at compile time. ACC, the accumulation type, is float32 or, for float64 tensors, float64.
 """
@@ -51,6 +54,28 @@ class Norm(NamedTuple):
     num_batches_tracked: object = None
 
 
+class Axis(NamedTuple):
+    """The windows of a max pooling along H, or along W."""
+
+    size: int  # of the input
+    windows: int
+    KERNEL: tl.constexpr
+    STRIDE: tl.constexpr
+    PADDING: tl.constexpr
+    DILATION: tl.constexpr
+    COVER: tl.constexpr  # windows that a pixel is in, at most
+
+
+class Windows(NamedTuple):
+    """Of a max pooling."""
+
+    height: Axis
+    width: Axis
+    CHANNELS_LAST: tl.constexpr
+    INDEX: tl.constexpr  # int32 where the pixels of all images, or the elements of one, can be counted so
+
+
+NO_WINNER = tl.constexpr(255)
 LANES = tl.constexpr(1024)  # partial sums that a program joins at a time
 
 
@@ -79,7 +104,8 @@ def _position(matrix, REVERSE: tl.constexpr):
 
 @triton.jit
 def _offsets(matrix, row, column):
-    return row[:, None] * _columns(matrix) + column[None, :]
+    # No access is wider than WIDTH: those of a kernel share a layout, and bytes would have it 16 elements wide.
+    return tl.max_contiguous(row[:, None] * _columns(matrix) + column[None, :], (1, matrix.WIDTH))
 
 
 @triton.jit
@@ -191,6 +217,55 @@ def _centered(matrix, norm, at, valid, mean):
 @triton.jit
 def _normalized(centered, scale, shift):
     return tl.fma(centered, scale[None, :], shift[None, :])
+
+
+@triton.jit
+def _rectified(value, output):
+    """As it is stored; NaN passes."""
+    return tl.where(value < 0, 0, value).to(output.dtype.element_ty)
+
+
+# ---- Windows ----
+
+
+@triton.jit
+def _area(windows, height, width):
+    return tl.full((), 1, windows.INDEX) * height * width
+
+
+@triton.jit
+def _pixels(matrix, windows, row, column, height, width, other_area):
+    """Where in images of height * width the elements of a tile are, h and w; and, for the images of the other side of
+    the pooling, ``beside``, ``along`` and ``step``: pixel p is at beside + (along + p * step).
+
+    Pixels go along the rows in channels_last, else along the columns: h, w and ``along`` are (Y, 1), or (1, X).
+    """
+    row, column = row[:, None], column.to(windows.INDEX)[None, :]
+    channels = tl.full((), 1, tl.int64) * (_columns(matrix) // matrix.inner)
+    if windows.CHANNELS_LAST:
+        pixel, beside, step = row.to(windows.INDEX), column, channels
+        along = pixel // _area(windows, height, width) * (other_area * channels)
+    else:
+        pixel, beside, step = column, row * (other_area * channels), 1
+        along = column // matrix.inner * other_area
+    return pixel // width % height, pixel % width, beside, along, step
+
+
+@triton.jit
+def _in_window(axis, window, k):
+    """Where position k of a window is in the input, and whether it is."""
+    pixel = window * axis.STRIDE - axis.PADDING + k * axis.DILATION
+    return pixel, (pixel >= 0) & (pixel < axis.size)
+
+
+@triton.jit
+def _covering(axis, pixel, i):
+    """Of the windows that a pixel may be in the i-th, its position there, and whether it has one."""
+    pixel += axis.PADDING
+    window = tl.minimum(pixel // axis.STRIDE, axis.windows - 1) - (axis.COVER - 1) + i
+    distance = pixel - window * axis.STRIDE
+    k = distance // axis.DILATION
+    return window, k, (window >= 0) & (k < axis.KERNEL) & (k * axis.DILATION == distance)
 
 
 # ---- Forward ----
@@ -348,6 +423,29 @@ def _forward_coefficients(matrix, norm, eps, split, column, inside, TRAINING: tl
 
 
 @triton.jit
+def _max_pool(matrix, windows, norm, mean, scale, shift, output, row, column, valid):
+    """The maxima and the winners, as of max_pool2d: of equal values the first, of NaNs the last."""
+    height, width = windows.height, windows.width
+    window_h, window_w, beside, along, step = _pixels(
+        matrix, windows, row, column, height.windows, width.windows, _area(windows, height.size, width.size)
+    )
+    best = tl.full([matrix.BLOCK_Y, matrix.BLOCK_X], float("-inf"), matrix.ACC)
+    winner = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], tl.int32)
+    for kh in range(height.KERNEL):
+        h, has_h = _in_window(height, window_h, kh)
+        for kw in range(width.KERNEL):
+            w, has_w = _in_window(width, window_w, kw)
+            at = beside + (along + (h * width.size + w) * step)
+            exists = valid & (has_h & has_w)
+            value = _normalized(_centered(matrix, norm, at, exists, mean), scale, shift)
+            value = _rectified(value, output).to(matrix.ACC)
+            wins = exists & ((value > best) | (value != value))
+            best = tl.where(wins, value, best)
+            winner = tl.where(wins, kh * width.KERNEL + kw, winner)
+    return best.to(output.dtype.element_ty), tl.where(best <= 0, NO_WINNER, winner).to(tl.uint8)
+
+
+@triton.jit
 def normalize(
     norm,
     eps: tl.float64,
@@ -356,10 +454,11 @@ def normalize(
     residual,  # that is added as it is
     output,
     mask,
+    windows,
     matrix,
     TRAINING: tl.constexpr,
 ):
-    """The output, and its mask, one bit an element."""
+    """The output, and its mask, one bit an element; of a pooled one, its winners."""
     tile, split, row_begin, row_end, column, inside = _position(matrix, TRAINING)
     mean, scale, shift = _forward_coefficients(matrix, norm, eps, split, column, inside, TRAINING)
     if residual_norm is not None:
@@ -377,15 +476,20 @@ def normalize(
     for _ in range(turns):
         at = _offsets(matrix, row, column)
         valid = (row < row_end)[:, None] & inside[None, :]
-        value = _normalized(_centered(matrix, norm, at, valid, mean), scale, shift)
-        if residual_norm is not None:
-            centered = _centered(matrix, residual_norm, at, valid, residual_mean)
-            value = tl.fma(centered, residual_scale[None, :], value)
-        if residual is not None:
-            value += tl.load(residual + at, mask=valid, other=0).to(matrix.ACC)
-        y = tl.where(value < 0, 0, value).to(output.dtype.element_ty)  # NaN passes
+        if windows is not None:
+            y, winner = _max_pool(matrix, windows, norm, mean, scale, shift, output, row, column, valid)
+        else:
+            value = _normalized(_centered(matrix, norm, at, valid, mean), scale, shift)
+            if residual_norm is not None:
+                centered = _centered(matrix, residual_norm, at, valid, residual_mean)
+                value = tl.fma(centered, residual_scale[None, :], value)
+            if residual is not None:
+                value += tl.load(residual + at, mask=valid, other=0).to(matrix.ACC)
+            y = _rectified(value, output)
         tl.store(output + at, y, mask=valid)
-        if mask is not None:
+        if windows is not None and mask is not None:
+            tl.store(mask + at, winner, mask=valid)
+        elif mask is not None:
             stored = y.to(matrix.ACC)
             bits = (((stored > 0) | (stored != stored)) & valid).to(tl.uint8)
             bits = tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X // 8, 8])
@@ -401,10 +505,12 @@ def normalize(
 
 
 class Tail(NamedTuple):
-    """What both backward passes read: the masked gradient is grad_output where the ReLU passed."""
+    """What both backward passes read: the masked gradient is grad_output where the ReLU passed. Of windows, which may
+    be None, the mask are the winners."""
 
     grad_output: object
     mask: object
+    windows: object
 
 
 @triton.jit
@@ -420,15 +526,38 @@ def _backward_coefficients(matrix, norm, channel, inside, MEAN: tl.constexpr, SC
 
 
 @triton.jit
+def _won_gradient(matrix, tail, row, column, valid):
+    """The sum, in the order of the windows."""
+    height, width = tail.windows.height, tail.windows.width
+    h, w, beside, along, step = _pixels(
+        matrix, tail.windows, row, column, height.size, width.size, _area(tail.windows, height.windows, width.windows)
+    )
+    total = tl.zeros([matrix.BLOCK_Y, matrix.BLOCK_X], matrix.ACC)
+    for i in range(height.COVER):
+        window_h, kh, covers_h = _covering(height, h, i)
+        for j in range(width.COVER):
+            window_w, kw, covers_w = _covering(width, w, j)
+            at = tl.max_contiguous(beside + (along + (window_h * width.windows + window_w) * step), (1, matrix.WIDTH))
+            exists = valid & (covers_h & covers_w)
+            winner = tl.load(tail.mask + at, mask=exists, other=NO_WINNER)
+            grad = tl.load(tail.grad_output + at, mask=exists, other=0).to(matrix.ACC)
+            total += tl.where(winner == kh * width.KERNEL + kw, grad, 0)
+    return total.to(tail.grad_output.dtype.element_ty)
+
+
+@triton.jit
 def _masked_gradient(matrix, tail, tile, row, column, valid):
     """As stored. A select, so that a NaN gradient of a blocked output gives 0."""
-    grad = tl.load(tail.grad_output + _offsets(matrix, row, column), mask=valid, other=0)
-    byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
-    within = (row < matrix.rows)[:, None] & (byte < matrix.mask_stride)[None, :]
-    at = tail.mask + (row[:, None] * matrix.mask_stride + byte[None, :])
-    bytes = tl.load(at, mask=within, other=0)
-    bits = (bytes[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
-    return tl.where(tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X]) != 0, grad, 0)
+    if tail.windows is not None:
+        return _won_gradient(matrix, tail, row, column, valid)
+    else:
+        grad = tl.load(tail.grad_output + _offsets(matrix, row, column), mask=valid, other=0)
+        byte = tile * (matrix.BLOCK_X // 8) + tl.arange(0, matrix.BLOCK_X // 8)
+        within = (row < matrix.rows)[:, None] & (byte < matrix.mask_stride)[None, :]
+        at = tail.mask + (row[:, None] * matrix.mask_stride + byte[None, :])
+        bytes = tl.load(at, mask=within, other=0)
+        bits = (bytes[:, :, None] >> tl.arange(0, 8)[None, None, :].to(tl.uint8)) & 1
+        return tl.where(tl.reshape(bits, [matrix.BLOCK_Y, matrix.BLOCK_X]) != 0, grad, 0)
 
 
 @triton.jit
