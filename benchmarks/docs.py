@@ -157,17 +157,18 @@ def by_layout(results, file, phases):
 
 
 def by_provider(results, file):
-    """A line for each network, phase and layout, a column for each provider."""
+    """A line for each network, phase, type and layout, a column for each provider."""
     rows = results(file)["rows"]
     providers = [provider for (provider,) in unique(rows, "provider") if provider != "eager"]
     lines = []
-    for name, shape, phase, layout in unique(rows, "case", "shape", "phase", "memory_format"):
-        of = {"case": name, "shape": list(shape), "phase": phase, "memory_format": layout, "dtype": "float32"}
+    for name, shape, phase, dtype, layout in unique(rows, "case", "shape", "phase", "dtype", "memory_format"):
+        of = {"case": name, "shape": list(shape), "phase": phase, "memory_format": layout, "dtype": dtype}
         eager = find(rows, **of, provider="eager")
         others = [find(rows, **of, provider=provider) for provider in providers]
         cells = [against(eager, row) if row and row["provider"] == "fused" else milliseconds(row) for row in others]
         spread = f"{digits(eager['p20_ms'])} to {digits(eager['p80_ms'])}"
-        lines.append([f"`{name}`, {phase.replace('_', ' ')}, {images(shape)}", layout, *cells, spread])
+        conditions = [phase.replace("_", " "), images(shape), *([dtype] if dtype != "float32" else [])]
+        lines.append([f"`{name}`, {', '.join(conditions)}", layout, *cells, spread])
     fused = ["eager / fused" if provider == "fused" else provider for provider in providers]
     return table(["network, images", "layout", *fused, "eager, 20 to 80 %"], lines)
 
