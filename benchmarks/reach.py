@@ -122,7 +122,7 @@ def reach_of(name, image_size):
     with torch.no_grad():
         for _ in range(2):
             model(images)
-    fused = {layer for layer, state in report.layers.items() if state in ("relu", "add+relu")}
+    fused = {layer for layer, state in report.layers.items() if state.startswith(("relu", "add+relu"))}
     reasons = Counter(report.layers[layer] for layer in wanted - fused)
     return {
         "model": name,

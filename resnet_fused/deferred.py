@@ -345,7 +345,7 @@ def _rectified(tensor, is_in_place):
     tail = tensor.tail
     if not tail.is_open() or type(tail) is Rectified:
         return None
-    if type(tail) is Call and tail.learned.defers_relu and tail.ops.pools(tail.input):
+    if type(tail) is Call and tail.learned.defers_relu:
         return _replaced(tensor, Rectified(tail)) if is_in_place else defer(Rectified(tail))
     output = tail.rectify()
     if output is not None and is_in_place:
@@ -364,7 +364,7 @@ def _replaced(tensor, tail):
 def _pooled(input, *options, **others):
     """max_pool2d of what was rectified, or None where it cannot be fused."""
     tail = input.tail
-    if type(tail) is not Rectified or not tail.is_open() or not tail.call.ops.pools(tail.input):
+    if type(tail) is not Rectified or not tail.is_open():
         return None
     max_pool = max_pool_of(tail.input, *options, **others)
     return None if max_pool is None else tail.call.rectify(max_pool=max_pool)

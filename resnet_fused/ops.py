@@ -161,10 +161,6 @@ class Ops(NamedTuple):
     spans_processes = False
     batch_norm = staticmethod(reference.batch_norm)
 
-    def pools(self, input):
-        """Whether they take a max_pool: every backend's do."""
-        return True
-
     @classmethod
     def of(cls, namespace: str) -> "Ops":
         return cls(*(getattr(getattr(torch.ops, namespace), name).default for name in cls._fields))

@@ -61,10 +61,6 @@ class Synchronized(NamedTuple):
 
     spans_processes = True
 
-    def pools(self, input):
-        """As :meth:`Ops.pools`."""
-        return self.ops.pools(input)
-
     def beside(self, other):
         """As :meth:`Ops.beside`."""
         if type(other) is not Synchronized or (other.ops, other.group) != (self.ops, self.group):

@@ -325,7 +325,7 @@ FAULTS = [
     Fault("pooled without its input's shape", AUTOGRAD, "if is_differentiated or max_pool is not None:", "if is_differentiated:", "max_pool"),
     Fault("pooled output recomputed", AUTOGRAD, "residual is None and max_pool is None and", "residual is None and", "max_pool"),
     Fault("ReLU put off for a pooling of another mode", DEFERRED, "not first.is_used and first.call.holds():", "not first.is_used:", "max_pool"),
-    Fault("ReLU put off, not latched", DEFERRED, "tail.learned.defers_relu and", "tail.learned.pools and", "max_pool"),
+    Fault("ReLU put off, not latched", DEFERRED, "tail.learned.defers_relu:", "tail.learned.pools:", "max_pool"),
     Fault("ReLU put off for others, too", DEFERRED, "self.learned.pools, self.__class__ = False, Tensor", "self.__class__ = Tensor", "max_pool"),
     Fault("ReLU put off though its output is kept", DEFERRED, "                self.pools = False  # that is kept\n", "                pass\n", "max_pool"),
     Fault("ReLU put off again for who asked once", DEFERRED, "    def refuse(self, reason):\n        self.learned.pools = False", "    def refuse(self, reason):\n        pass", "max_pool"),

@@ -46,7 +46,10 @@ BLOCKS = (384, 256, 192)  # threads: the sizes that the plan chooses among
 FEWER_BLOCKS = {
     "sm_120": {
         192: {
-            f"{name}<{element}, 8>": 3 for name in ("statistics", "gradient_sums") for element in ("half", "bfloat16")
+            f"{name}<{element}, 8{pooling}>": 3
+            for name, poolings in (("statistics", [""]), ("gradient_sums", ["", ", max_pool of 1", ", max_pool of 8"]))
+            for pooling in poolings
+            for element in ("half", "bfloat16")
         },
     }
 }
