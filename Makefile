@@ -66,7 +66,8 @@ bench-all: setup
 	$(call drawn,tail,sizes) --sizes --dtype float32 --rounds 3
 	$(call drawn,overhead)
 	$(call drawn,block)
-	$(call drawn,resnet18) --dtype float32 bfloat16
+	$(call drawn,resnet18)
+	$(call measure,resnet18,resnet18-bfloat16) --dtype bfloat16 --providers fused --rounds 2 --seconds 0.2
 	$(call measure,resnet18,resnet18-no-mallopt) --no-mallopt --providers fused
 	$(call drawn,models)
 	$(call drawn,inference) --sizes 96,224 --batch-sizes 1,8
