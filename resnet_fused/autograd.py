@@ -86,9 +86,11 @@ class _Forward(Function):
         is_differentiated = torch.is_grad_enabled()
         if not training:  # in the place of what was not saved what has its shape
             grad_output = like = grad_output.contiguous(memory_format=ctx.memory_format)
-            if is_differentiated or max_pool is not None:
-                like = torch.zeros(ctx.shape, dtype=like.dtype, device=like.device).to(memory_format=ctx.memory_format)
             mask, statistics, input, *vectors, residual, weight, bias, input_bias = saved
+            if max_pool is not None and input is None:  # what is not touched takes no memory
+                like = torch.empty(ctx.shape, dtype=like.dtype, device=like.device, memory_format=ctx.memory_format)
+            if is_differentiated:
+                like = torch.zeros_like(like)
             input = like if input is None else input
             residual = like if residual is None and residual_eps is not None else residual
             saved = mask, statistics, input, *vectors, residual, weight, bias, input_bias

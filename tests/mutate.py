@@ -322,7 +322,7 @@ FAULTS = [
     Fault("windows: beyond the input", MAX_POOL, "if ((output[axis] - 1) * stride[axis] >= size + padding[axis]) return false;", "", "max_pool"),
     Fault("windows: of 256 positions", OPS, "kernel_size[1] > 255", "kernel_size[1] > 256", "max_pool"),
     Fault("windows: sources in another order", OPS, "position // self.kernel_size[1], position % self.kernel_size[1]", "position % self.kernel_size[0], position // self.kernel_size[0]", "max_pool"),
-    Fault("pooled without its input's shape", AUTOGRAD, "if is_differentiated or max_pool is not None:", "if is_differentiated:", "max_pool"),
+    Fault("pooled without its input's shape", AUTOGRAD, "if max_pool is not None and input is None:", "if False:", "max_pool"),
     Fault("pooled output recomputed", AUTOGRAD, "residual is None and max_pool is None and", "residual is None and", "max_pool"),
     Fault("ReLU put off for a pooling of another mode", DEFERRED, "not first.is_used and first.call.holds():", "not first.is_used:", "max_pool"),
     Fault("ReLU put off, not latched", DEFERRED, "tail.learned.defers_relu:", "tail.learned.pools:", "max_pool"),

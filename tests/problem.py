@@ -29,7 +29,7 @@ def undecided(rectified, dtype, kernel_size, stride=None, padding=0, dilation=1,
     for dim, size, kernel, step, before, distance in zip((2, 3), sizes, *pairs, strict=True):
         reach = (kernel - 1) * distance + 1
         after = max((size - 1) * step + reach - before - rectified.shape[dim], 0)
-        beside = [torch.full_like(windows.narrow(dim, 0, 1), -1.0).expand_as(windows.narrow(dim, 0, 1))]
+        beside = [torch.full_like(windows.narrow(dim, 0, 1), -1.0)]
         windows = torch.cat([*beside * before, windows, *beside * after], dim)
         windows = windows.unfold(dim, reach, step)[..., ::distance]
     first, second = F.pad(windows.flatten(4), (0, 1), value=-1.0).topk(2).values.unbind(-1)
