@@ -260,6 +260,7 @@ BLOCKS = {
     "overhead": functools.partial(by_layout, file="overhead", phases=["host_overhead"]),
     "block": functools.partial(by_layout, file="block", phases=["train_step", "inference"]),
     "resnet18": functools.partial(by_provider, file="resnet18"),
+    "resnet18-bfloat16": functools.partial(by_provider, file="resnet18-bfloat16"),
     "shares": shares,
     "models": functools.partial(by_provider, file="models"),
     "inference": inference,

@@ -74,6 +74,7 @@ CASES = {  # by file: cases, shapes, phases
     "block": (["stage 1"], [[32, 64, 24, 24]], ["train_step", "inference"]),
     "resnet18": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
     "resnet18-no-mallopt": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
+    "resnet18-bfloat16": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
     "models": (["resnet18", "resnet50"], [[32, 3, 96, 96]], ["train_step", "inference"]),
     "inference": (["resnet18", "resnet50"], [[8, 3, 96, 96], [8, 3, 224, 224]], ["inference"]),
     "train": (["digits"], [[32, 1, 96, 96]], ["train_step"]),
