@@ -111,12 +111,17 @@ inline Tensor empty_strided(const Tensor& beside, int64_t dim, const int64_t* si
   return Tensor(handle);
 }
 
-// max_pool: of the size of its output, if there is one.
+// Of the output, and of its gradient: the input's, but where that is pooled.
+inline std::array<int64_t, kMaxDim> output_sizes(const Tensor& input, const MaxPool* max_pool) {
+  std::array<int64_t, kMaxDim> sizes;
+  std::copy_n(input.sizes().begin(), input.dim(), sizes.begin());
+  if (max_pool != nullptr) std::copy_n(max_pool->output, 2, sizes.begin() + 2);
+  return sizes;
+}
+
 inline Tensor empty_like(const Tensor& input, MemoryFormat format, const MaxPool* max_pool = nullptr) {
   const int64_t dim = input.dim();
-  std::array<int64_t, kMaxDim> sizes;
-  std::copy_n(input.sizes().begin(), dim, sizes.begin());
-  if (max_pool != nullptr) std::copy_n(max_pool->output, 2, sizes.begin() + 2);
+  const std::array<int64_t, kMaxDim> sizes = output_sizes(input, max_pool);
   std::array<int64_t, kMaxDim> strides;
   int64_t stride = 1;
   const auto take = [&](int64_t d) {
@@ -157,18 +162,15 @@ inline void check_vector(const OptionalTensor& vector, const char* prefix, const
                   ": expected a tensor of shape (", input.size(1), ",) on the input's device");
 }
 
-inline void check_like_output(const Tensor& tensor, const char* name, const Tensor& input, const MaxPool& max_pool) {
-  STD_TORCH_CHECK(on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() && tensor.dim() == 4 &&
-                      tensor.size(0) == input.size(0) && tensor.size(1) == input.size(1) &&
-                      tensor.size(2) == max_pool.output[0] && tensor.size(3) == max_pool.output[1],
-                  name, ": expected a tensor of the output's shape, and of the input's type and device");
-}
-
-inline void check_like_input(const Tensor& tensor, const char* name, const Tensor& input) {
-  const auto sizes = tensor.sizes(), expected = input.sizes();
-  STD_TORCH_CHECK(on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() &&
-                      sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()),
-                  name, ": expected a tensor of the input's shape, type and device");
+inline void check_like_input(const Tensor& tensor, const char* name, const Tensor& input,
+                             const MaxPool* max_pool = nullptr) {
+  const auto sizes = tensor.sizes();
+  const std::array<int64_t, kMaxDim> expected = output_sizes(input, max_pool);
+  STD_TORCH_CHECK(
+      on_one_device(tensor, input) && tensor.scalar_type() == input.scalar_type() && tensor.dim() == input.dim() &&
+          std::equal(sizes.begin(), sizes.end(), expected.begin()),
+      name, ": expected a tensor of the ",
+      max_pool != nullptr ? "output's shape, and of the input's type and device" : "input's shape, type and device");
 }
 
 // ---- Arguments: those of csrc/ops.cpp, in its order ----
@@ -310,12 +312,8 @@ struct BackwardArguments {
 
   void check() const {
     check_input(input());
-    if (max_pool != nullptr) {
-      check_like_output(grad_output, "grad_output", input(), *max_pool);
-      STD_TORCH_CHECK(count == 1 && !need_residual, "residual: expected none before max_pool");
-    } else {
-      check_like_input(grad_output, "grad_output", input());
-    }
+    check_like_input(grad_output, "grad_output", input(), max_pool);
+    STD_TORCH_CHECK(!max_pool || (count == 1 && !need_residual), "residual: expected none before max_pool");
     check_statistics(statistics, "statistics", count, input());
     if (grad_means) check_statistics(*grad_means, "grad_means", count, input());
     if (count == 2) check_like_input(norms[1].input, "residual", input());
