@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nox
 
+NEEDS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["test"]
 TORCHES = ["2.15", "2.14", "2.13", "2.12", "2.11", "2.10"]
 CUT = "ops edges gradients max_pool blocks resnet fuse fuse_changes fusing inference pooling recompute synchronized"
 CUT += " watchers"
@@ -18,7 +19,7 @@ CUT += " watchers"
 def matrix(session, torch):
     if (session.python, torch) == ("3.10", "2.15"):
         session.skip("torch 2.15 is not built for Python 3.10")
-    session.install(f"torch=={torch}.*", "torchvision", "timm", "pytest", "pytest-xdist", "hypothesis", "numpy")
+    session.install(f"torch=={torch}.*", *NEEDS)
     wheels = Path(".nox", "wheels", session.python)
     if not wheels.exists():
         session.install("setuptools>=77", "ninja", "pybind11", "packaging")
