@@ -216,7 +216,7 @@ def innermost_loops(code):
         inside = set(loop)
         entries = {j for i, targets in enumerate(following) if i not in inside for j in targets} & inside
         rest = [[j for j in targets if i in inside and j in inside - entries] for i, targets in enumerate(following)]
-        inner = components(rest)
+        inner = components(rest) if entries else []  # nothing enters what follows the code: a branch to itself
         return [found for part in inner for found in innermost(part, rest)] if inner else [loop]
 
     following = list(successors(code))

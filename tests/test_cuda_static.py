@@ -409,6 +409,17 @@ def test_windows_are_read_in_vectors(code):
         assert (accesses(code[kernel], "LDG"), accesses(code[kernel], "STG")) == expected, str(kernel)
 
 
+@needs_nvdisasm
+def test_the_values_of_a_window_take_few_instructions(code):
+    """Three at once, 13 to 17 instructions each; with a position and a branch for each they were 25."""
+    for kernel in ALL_KERNELS:
+        if kernel.variant == "relu_max_pool" and kernel.width == 1 and kernel.element != "double":
+            loops = [[code[kernel][i] for i in loop] for loop in innermost_loops(code[kernel])]
+            _, loop = max((loop[0].address, loop) for loop in loops if any(map(is_global, loop)))
+            loads = sum(i.is_one_of("LDG") for i in loop)
+            assert (loads, len(loop) // loads <= 17) == (3, True), str(kernel)
+
+
 def least_bytes_in_flight(kernel):
     """An H100 wants 32 to 40 KB. What gives 24 holds eight coefficients a column, or four and two stores."""
     halves_of_both = kernel.variant == "add_batch_norm_relu" and kernel.element in ("half", "bfloat16")

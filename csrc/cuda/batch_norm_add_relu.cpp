@@ -44,9 +44,9 @@ ChannelVector channel_vector(const OptionalTensor& tensor) { return channel_vect
 
 Pooling pooling_of(const MaxPool& max_pool, const Tensor& input, MemoryFormat format) {
   const int64_t values = format == MemoryFormat::Contiguous ? 1 : input.size(1);
-  const auto images = [&](int64_t height, int64_t width) { return Images(height, width, values); };
-  return {images(input.size(2), input.size(3)), images(max_pool.output[0], max_pool.output[1]),
-          Windows(max_pool, 0, input.size(2)), Windows(max_pool, 1, input.size(3))};
+  const Images images(input.size(2), input.size(3), values);
+  return {images, Images(max_pool.output[0], max_pool.output[1], values),
+          Windows(max_pool, 0, input.size(2), images.row), Windows(max_pool, 1, input.size(3), images.pixel)};
 }
 
 void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }

@@ -184,9 +184,9 @@ struct Position {
   }
 };
 
-// Where a thread's columns of a row begin: an element, and a byte of the mask.
+// Where a thread's columns of a row begin: the row, an element, and a byte of the mask.
 struct Place {
-  int64_t element, byte;
+  int64_t row, element, byte;
 };
 
 // The thread's rows, every `blockDim.y`th of the split's: load(place) of the first kAhead by begin(), while
@@ -200,7 +200,7 @@ class Rows {
     const int64_t row = kReverse ? position.row_end - 1 - threadIdx.y : position.row_begin + threadIdx.y;
     turns_ = static_cast<int>((rows + blockDim.y - 1) / plan.threads_y);
     own_ = position.inside ? static_cast<int>((rows + blockDim.y - 1 - threadIdx.y) / plan.threads_y) : 0;
-    place_ = {row * plan.columns + position.column, row * plan.mask_stride() + position.column / 8};
+    place_ = {row, row * plan.columns + position.column, row * plan.mask_stride() + position.column / 8};
   }
 
   __device__ __forceinline__ void begin() {
@@ -227,7 +227,7 @@ class Rows {
  private:
   __device__ __forceinline__ Place ahead(int rows) const {
     const int64_t step = (kReverse ? -rows : rows) * static_cast<int64_t>(blockDim.y);
-    return {place_.element + step * plan_.columns, place_.byte + step * plan_.mask_stride()};
+    return {place_.row + step, place_.element + step * plan_.columns, place_.byte + step * plan_.mask_stride()};
   }
 
   F load_;
@@ -507,43 +507,41 @@ __device__ __forceinline__ Coefficients<acc_t<T>> forward_coefficients(const Nor
   return {mean, invstd, load(f.weight, channels, c, 1), load(f.bias, channels, c, 0)};
 }
 
-// The maxima of the windows at `element` of the output, and their positions, of what rectified(k, x) makes of the
-// input. Of equal values the first wins, of NaNs the last.
+// The maxima of the window that is `offset` elements from this one, and their positions, of what normalized(k, x) makes
+// of the input: of equal values the first wins, of NaNs the last; -infinity where there are none. What is clipped may
+// as well be clipped afterwards.
 template <typename T, int kWidth, typename F>
-__device__ __forceinline__ void max_pool(const Pooling& pooling, const Global<const T>& input, int64_t element,
-                                         F rectified, acc_t<T> (&best)[kWidth], unsigned (&winner)[kWidth]) {
-  constexpr int kAtOnce = 3;  // loads on their way
-  const Windows &rows = pooling.rows, &columns = pooling.columns;
-  const Images::Place window = pooling.output.place_of(element);
-  const int64_t image = pooling.input.element_of({window.image, window.value, 0, 0});
+__device__ __forceinline__ void max_pool(const Pooling& pooling, const Global<const T>& input, const Window& window,
+                                         int64_t offset, F normalized, acc_t<T> (&best)[kWidth],
+                                         unsigned (&winner)[kWidth]) {
+  constexpr unsigned kAtOnce = 3;  // loads on their way
 #pragma unroll
   for (int k = 0; k < kWidth; ++k) best[k] = -INFINITY, winner[k] = 0;
+  const unsigned last = window.columns - 1;
+  unsigned position = window.position;
+  int64_t row = window.element + offset;
 #pragma unroll 1
-  for (unsigned kh = 0; kh < rows.kernel; ++kh) {
-    const unsigned h = rows.pixel(window.row, kh);
-    if (h >= rows.pixels) continue;
-    const int64_t row = image + h * pooling.input.row;
+  for (unsigned h = 0; h < window.rows; ++h, row += pooling.rows.step, position += pooling.columns.kernel) {
+    unsigned w = 0;
 #pragma unroll 1
-    for (unsigned kw = 0; kw < columns.kernel; kw += kAtOnce) {
+    do {
       Packed<T, kWidth> loaded[kAtOnce];
-      bool inside[kAtOnce];
+      unsigned at[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const unsigned w = columns.pixel(window.column, kw + i);
-        inside[i] = kw + i < columns.kernel && w < columns.pixels;
-        if (inside[i]) loaded[i] = input.template load_vector<kWidth>(row + w * pooling.input.pixel);
+      for (unsigned i = 0; i < kAtOnce; ++i) {
+        at[i] = i == 0 || w + i < last ? w + i : last;  // the last once more: it wins nothing
+        loaded[i] = input.template load_vector<kWidth>(row + at[i] * pooling.columns.step);
       }
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!inside[i]) continue;
+      for (unsigned i = 0; i < kAtOnce; ++i) {
         const auto x = loaded[i].unpacked();
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          const acc_t<T> value = widen(rectified(k, x[k]));
-          if (value > best[k] || value != value) best[k] = value, winner[k] = kh * columns.kernel + kw + i;
+          const acc_t<T> value = widen(narrow<T>(normalized(k, x[k])));
+          if (value > best[k] || value != value) best[k] = value, winner[k] = position + at[i];
         }
       }
-    }
+    } while ((w += kAtOnce) <= last);
   }
 }
 
@@ -615,13 +613,18 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
     });
   }
 
-  const auto rectified = [&](int k, T x, T r = {}) {
-    A value = (widen(x) - mean[0][k]) * scale[0][k] + shift[k];
+  const auto normalized = [&](int k, T x) { return (widen(x) - mean[0][k]) * scale[0][k] + shift[k]; };
+  const auto rectified = [&](int k, T x, T r) {
+    A value = normalized(k, x);
     if constexpr (kResidual == Residual::as_it_is) value += widen(r);
     if constexpr (kResidual == Residual::normalized) value += (widen(r) - mean[1][k]) * scale[1][k];
     return narrow<T>(0 > value ? 0 : value);  // NaN passes
   };
 
+  // A row is an image: in all of them the thread's window is the same.
+  const bool is_in_images = plan.inner > 1;
+  Window window{};
+  if (kPools && is_in_images) window = f.pooling.window_of(position.column);
   const Global<T> output(static_cast<T*>(f.output), plan.rows * plan.columns);
   const Global<uint8_t> mask(f.mask, plan.rows * (kPools ? plan.columns : plan.mask_stride()));
   rows.for_each([&](Place place, bool is_own, const Loaded& loaded) {
@@ -629,12 +632,13 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
       if (!is_own) return;
       A best[kWidth];
       unsigned winner[kWidth];
-      max_pool(f.pooling, input, place.element, rectified, best, winner);
+      if (!is_in_images) window = f.pooling.window_of(place.element);
+      max_pool(f.pooling, input, window, is_in_images ? place.row * f.plan.columns : 0, normalized, best, winner);
       Vector<T, kWidth> y;
       Vector<uint8_t, kWidth> winners;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
-        y[k] = narrow<T>(best[k]);
+        y[k] = narrow<T>(0 > best[k] && window.rows > 0 ? 0 : best[k]);
         winners[k] = static_cast<uint8_t>(best[k] <= 0 ? kNoWinner : winner[k]);
       }
       output.template store_vector<kWidth>(place.element, y);

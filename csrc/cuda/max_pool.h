@@ -33,9 +33,10 @@ struct Images {
 struct Windows {
   unsigned pixels, count, kernel, stride, padding, dilation;
   Divisor by_stride, by_dilation;
+  int64_t step;  // elements of the input from one position to the next
 
   Windows() = default;
-  Windows(const MaxPool& max_pool, int axis, int64_t pixels)
+  Windows(const MaxPool& max_pool, int axis, int64_t pixels, int64_t pixel)
       : pixels(static_cast<unsigned>(pixels)),
         count(static_cast<unsigned>(max_pool.output[axis])),
         kernel(static_cast<unsigned>(max_pool.kernel[axis])),
@@ -43,10 +44,23 @@ struct Windows {
         padding(static_cast<unsigned>(max_pool.padding[axis])),
         dilation(static_cast<unsigned>(max_pool.dilation[axis])),
         by_stride(stride),
-        by_dilation(dilation) {}
+        by_dilation(dilation),
+        step(dilation * pixel) {}
 
   // Where position k of a window is.
   constexpr unsigned pixel(unsigned window, unsigned k) const { return window * stride - padding + k * dilation; }
+
+  // The positions of a window that are in the input: [first_inside(window), end_inside(window, that)).
+  constexpr unsigned first_inside(unsigned window) const {
+    unsigned k = 0;
+    while (k < kernel && pixel(window, k) >= pixels) ++k;
+    return k;
+  }
+  constexpr unsigned end_inside(unsigned window, unsigned first) const {
+    unsigned k = kernel;
+    while (k > first && pixel(window, k - 1) >= pixels) --k;
+    return k;
+  }
 
   // Those that may reach a pixel: [begin(pixel), end(pixel)).
   constexpr unsigned begin(unsigned pixel) const {
@@ -59,9 +73,24 @@ struct Windows {
   }
 };
 
+// What of a window is in the input: the first element, its position, how many rows and columns; no rows, if nothing.
+struct Window {
+  int64_t element;
+  unsigned position, rows, columns;
+};
+
 struct Pooling {
   Images input, output;
   Windows rows, columns;
+
+  // Of an element of the output.
+  constexpr Window window_of(int64_t element) const {
+    const Images::Place place = output.place_of(element);
+    const unsigned top = rows.first_inside(place.row), bottom = rows.end_inside(place.row, top);
+    const unsigned left = columns.first_inside(place.column), right = columns.end_inside(place.column, left);
+    return {input.element_of({place.image, place.value, rows.pixel(place.row, top), columns.pixel(place.column, left)}),
+            top * columns.kernel + left, left < right ? bottom - top : 0, right - left};
+  }
 };
 
 }  // namespace resnet_fused::cuda
