@@ -145,6 +145,8 @@ FAULTS = [
     Fault("CUDA: what is beside a row is pooled", CUDA_POOL, "pixel(window, k - 1) >= pixels", "pixel(window, k - 1) > pixels", "max_pool"),
     Fault("CUDA: what is before a row is pooled", CUDA_POOL, "while (k < kernel && pixel(window, k) >= pixels) ++k;", "", "max_pool"),
     Fault("CUDA: the first image's windows in all", CUDA, "is_in_images ? place.row * f.plan.columns : 0", "0", "max_pool"),
+    Fault("CUDA: the first image's gradients in all", CUDA, "is_in_images ? place.row * row_outputs : 0", "0", "max_pool"),
+    Fault("CUDA: what is dilated is taken as it is", CUDA, "rows.dilation == 1 ? below", "true ? below", "max_pool"),
     Fault("CUDA: a window without a value is 0", CUDA, " && window.rows > 0 ? 0", " ? 0", "max_pool"),
     Fault("CUDA: a window's values loaded one by one", CUDA, "constexpr unsigned kAtOnce = 3;", "constexpr unsigned kAtOnce = 1;", "cuda_static"),
     Fault("CUDA: what was clipped wins", CUDA, "best[k] <= 0 ? kNoWinner", "best[k] < 0 ? kNoWinner", "max_pool"),

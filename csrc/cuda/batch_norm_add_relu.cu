@@ -683,12 +683,21 @@ struct Gradient {
   const Pooling& pooling;
   Global<const T> grad_output, input;
   Global<const uint8_t> mask;
+  // Of what was pooled, whether a row is an image: in all of them the thread's windows are the same, but for an offset.
+  bool is_in_images;
+  int64_t row_outputs;
+  Cover of_image;
 
-  __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm)
+  __device__ __forceinline__ Gradient(const Backward& b, const NormBackward& norm, int64_t column)
       : pooling(b.pooling),
         grad_output(static_cast<const T*>(b.grad_output), kOfWindow ? outputs(b) : b.plan.rows * b.plan.columns),
         input(static_cast<const T*>(norm.input), b.plan.rows * b.plan.columns),
-        mask(b.mask, kOfWindow ? outputs(b) : b.plan.rows * b.plan.mask_stride()) {}
+        mask(b.mask, kOfWindow ? outputs(b) : b.plan.rows * b.plan.mask_stride()),
+        is_in_images(kOfWindow == 1 && b.plan.inner > 1),
+        row_outputs(b.plan.channels * b.pooling.output.image),
+        of_image() {
+    if (is_in_images) of_image = pooling.cover_of(column, kWidth);
+  }
 
   static __device__ __forceinline__ int64_t outputs(const Backward& b) {
     return b.plan.rows * b.plan.columns / b.pooling.input.image * b.pooling.output.image;
@@ -703,29 +712,28 @@ struct Gradient {
     if constexpr (kOfWindow == 0) loaded.g = grad_output.template load_vector<kWidth>(place.element);
     if (needs_input) loaded.x = input.template load_vector<kWidth>(place.element);
     if constexpr (kOfWindow == 0) loaded.bits = mask.load(place.byte);
-    if constexpr (kOfWindow != 0) loaded.g = won(place.element);
+    if constexpr (kOfWindow != 0) loaded.g = won(place);
     return loaded;
   }
 
-  // The sums, in the windows' order, of the gradients of those that the columns at `element` have won.
-  __device__ __forceinline__ Vector<T, kWidth> won(int64_t element) const {
+  // The sums, in the windows' order, of the gradients of those that the columns of a place have won.
+  __device__ __forceinline__ Vector<T, kWidth> won(const Place& place) const {
     constexpr int kWindow = kOfWindow == 0 ? 1 : kOfWindow;
     const Windows &rows = pooling.rows, &columns = pooling.columns;
-    const Images::Place pixel = pooling.input.place_of(element);
-    const unsigned begin = columns.begin(pixel.column), end = columns.end(pixel.column + kWidth / kWindow - 1);
-    const unsigned top = rows.begin(pixel.row), bottom = rows.end(pixel.row);
-    int64_t first = pooling.output.element_of({pixel.image, pixel.value, top, begin});
+    const Cover cover = is_in_images ? of_image : pooling.cover_of(place.element, kWidth / kWindow);
+    int64_t first = cover.window + (is_in_images ? place.row * row_outputs : 0);
+    unsigned below = cover.below;
     A sum[kWidth] = {};
 #pragma unroll 1
-    for (unsigned h = top; h < bottom; ++h, first += pooling.output.row) {
-      const unsigned below = pixel.row - rows.pixel(h, 0), kh = static_cast<unsigned>(below / rows.by_dilation);
+    for (unsigned h = 0; h < cover.rows; ++h, first += pooling.output.row, below -= rows.stride) {
+      const auto kh = rows.dilation == 1 ? below : static_cast<unsigned>(below / rows.by_dilation);
       if (kh * rows.dilation != below) continue;
       int64_t window = first;
+      unsigned beside = cover.beside;
 #pragma unroll 1
-      for (unsigned w = begin; w < end; ++w, window += pooling.output.pixel) {
+      for (unsigned w = 0; w < cover.columns; ++w, window += pooling.output.pixel, beside -= columns.stride) {
         const auto winners = mask.template load_vector<kWindow>(window);
         const auto g = grad_output.template load_vector<kWindow>(window);
-        const unsigned beside = pixel.column - columns.pixel(w, 0);
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
           const unsigned kw = winners[k % kWindow] - kh * columns.kernel;  // kNoWinner is beyond every row of positions
@@ -801,7 +809,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Position<kWidth> position(plan, false, b.count);
 
   using Loaded = typename Gradient<T, kWidth, kOfWindow>::Loaded;
-  const Gradient<T, kWidth, kOfWindow> gradient(b, norm);
+  const Gradient<T, kWidth, kOfWindow> gradient(b, norm, position.column);
   constexpr int kAhead = kOfWindow == 0 ? 2 : 1;
   auto rows = rows_of<kAhead, false>(position, [&](Place place) { return gradient.load(place, true); });
   rows.begin();
@@ -864,7 +872,7 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   const Position<kWidth> position(plan, true, b.count);
 
   using Loaded = typename Gradient<T, kWidth, kOfWindow>::Loaded;
-  const Gradient<T, kWidth, kOfWindow> gradient(b, norm);
+  const Gradient<T, kWidth, kOfWindow> gradient(b, norm, position.column);
   const bool projects = norm.projects(b.training) || norm.grad_means != nullptr;
   auto rows = rows_of<1, true>(position, [&](Place place) { return gradient.load(place, projects); });
   rows.begin();

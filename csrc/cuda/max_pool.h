@@ -79,6 +79,13 @@ struct Window {
   unsigned position, rows, columns;
 };
 
+// The windows that adjacent pixels may be in: the first one, how many rows and columns of them there are, and where in
+// the first one the first pixel is.
+struct Cover {
+  int64_t window;  // an element of the output
+  unsigned rows, columns, below, beside;
+};
+
 struct Pooling {
   Images input, output;
   Windows rows, columns;
@@ -90,6 +97,15 @@ struct Pooling {
     const unsigned left = columns.first_inside(place.column), right = columns.end_inside(place.column, left);
     return {input.element_of({place.image, place.value, rows.pixel(place.row, top), columns.pixel(place.column, left)}),
             top * columns.kernel + left, left < right ? bottom - top : 0, right - left};
+  }
+
+  // Of an element of the input, and the pixels beside it.
+  constexpr Cover cover_of(int64_t element, unsigned pixels) const {
+    const Images::Place place = input.place_of(element);
+    const unsigned top = rows.begin(place.row), bottom = rows.end(place.row);
+    const unsigned left = columns.begin(place.column), right = columns.end(place.column + pixels - 1);
+    return {output.element_of({place.image, place.value, top, left}), top < bottom ? bottom - top : 0,
+            left < right ? right - left : 0, place.row - rows.pixel(top, 0), place.column - columns.pixel(left, 0)};
   }
 };
 
