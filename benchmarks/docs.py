@@ -192,11 +192,13 @@ def saved(results):
     rows = results("models")["saved"]
     providers = [provider for (provider,) in unique(rows, "provider")]
     lines = []
-    for name, layout in unique(rows, "case", "memory_format"):
-        cells = [find(rows, case=name, memory_format=layout, provider=provider) for provider in providers]
+    for name, step, layout in unique(rows, "case", "step", "memory_format"):
+        of = functools.partial(find, rows, case=name, step=step, memory_format=layout)
+        cells = [of(provider=provider) for provider in providers]
         mebibytes = [f"{row['bytes'] / 2**20:.1f}" if row else "not counted" for row in cells]
-        least = find(rows, case=name, memory_format=layout, provider="fused, memory_efficient")
-        lines.append([f"`{name}`", layout, *mebibytes, f"{least['bytes'] / cells[0]['bytes']:.0%}"])
+        least = of(provider="fused, memory_efficient")
+        conditions = f"`{name}`, {step.replace('_', ' ')}", layout
+        lines.append([*conditions, *mebibytes, f"{least['bytes'] / cells[0]['bytes']:.0%}"])
     return table(["MiB", "layout", *providers, "memory_efficient, of eager's"], lines)
 
 

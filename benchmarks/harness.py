@@ -51,7 +51,7 @@ class Case:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    phase: str  # forward, backward, forward+backward, train_step, inference or host_overhead
+    phase: str  # forward, backward, forward+backward, train_step, frozen_step, inference or host_overhead
     setup: Callable[[], list[Provider]] | None = None  # None where the benchmark takes the times itself
 
 

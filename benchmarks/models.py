@@ -1,11 +1,14 @@
 """Models of torchvision and timm: a training step, inference, and the bytes that a step's forward saves for backward.
 
+A frozen step trains all parameters with constant statistics, as fine-tuning does: the batch norms are in eval.
+
 Plain, plain under torch.compile, fused, and fused with memory_efficient. The ratios of all rows are to plain PyTorch in
 the first layout.
 """
 
 import functools
 import inspect
+import itertools
 
 import torch
 
@@ -14,6 +17,7 @@ from resnet_fused import fuse
 from . import harness, resnet18
 from .saved import saved_bytes
 
+STEPS = "train_step", "frozen_step"
 OPTIONS = {"fused": {}, "fused, memory_efficient": {"memory_efficient": True}}  # of fuse, by provider
 
 
@@ -66,12 +70,12 @@ def cases(args):
         )
         for name in args.models
         for dtype in args.dtype
-        for phase in ("train_step", "inference")
+        for phase in (*STEPS, "inference")
     ]
 
 
 def count_saved(args, name, dtype):
-    """A row for each provider and layout: what a training step's forward saves."""
+    """A row for each kind of step, provider and layout: what its forward saves."""
     images = torch.randn(shape_of(args), device=args.device, dtype=harness.parameter_dtype(dtype))
     labels = torch.randint(10, images.shape[:1], device=args.device)
     models = models_of(name, args.providers)
@@ -80,23 +84,25 @@ def count_saved(args, name, dtype):
         models["torch.compile"] = models["eager"]
         variants.append(("torch.compile", args.memory_format[0]))
     rows = []
-    for provider, layout in variants:
+    for step, (provider, layout) in itertools.product(STEPS, variants):
         compile = "default" if provider == "torch.compile" else None
         network = resnet18.Network(models[provider], args.device, dtype, layout, compile)
-        if compile:
-            network.train_step(images, labels)  # compiled without the counting hooks
+        network.model.train(step == "train_step")
+        network.train_step(images, labels)  # compiles without the counting hooks, and is watched by what is fused
         saved = saved_bytes(network.model, images, labels, forward=network.loss)
+        eager = next((row["bytes"] for row in rows if row["step"] == step), saved)  # in the first layout
         rows.append(
             {
                 "case": name,
                 "shape": list(images.shape),
                 "dtype": dtype,
                 "memory_format": layout,
-                "phase": "saved for backward",
+                "phase": f"saved for backward, {step}",
+                "step": step,
                 "provider": provider,
                 "threads": args.threads[-1],
                 "bytes": saved,
-                "ratio_to_eager": rows[0]["bytes"] / saved if rows else 1.0,
+                "ratio_to_eager": eager / saved,
             }
         )
     return rows
@@ -133,7 +139,7 @@ def main(argv=None):
         saved=saved,
     )
     for row in saved:
-        case = ", ".join(row[key] for key in ("case", "dtype", "memory_format", "provider"))
+        case = ", ".join(row[key] for key in ("case", "step", "dtype", "memory_format", "provider"))
         print(f"{case}: {mebibytes(row)} saved, {1 / row['ratio_to_eager']:.1%} of eager's")
 
 

@@ -60,6 +60,7 @@ def setup(models, device, memory_formats, shape, dtype, phase):
         network.model.train(phase == "train_step")
         calls = {
             "train_step": functools.partial(network.train_step, images, labels),
+            "frozen_step": functools.partial(network.train_step, images, labels),  # statistics are constant
             "inference": functools.partial(network.infer, images),
         }
         return harness.Provider(name, calls[phase], memory_format, backend)

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 from .backend import ops_for
 from .calls import Convolved, call_tail, convolve, is_plain
 from .deferred import WatchedRectified
+from .folding import folded
 from .inference import Route, layout_for
+from .reference import add_bias
 
 _BATCH_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 
@@ -80,6 +82,13 @@ class FusedResidual(Residual):
             X.let_go()
         if ops_for(X) is None or not self.runs_fused() or self._infers(X):
             return super().forward(X)
-        Y = convolve(self.conv2, call_tail(self.bn1, convolve(self.conv1, X)))
         residual = Convolved(X) if self.conv3 is None else convolve(self.conv3, X)
-        return call_tail(self.bn2, Y, residual)
+        return _tail(self.conv2, self.bn2, _tail(self.conv1, self.bn1, X), residual)
+
+
+def _tail(conv, bn, input, residual=None):
+    """relu of ``bn(conv(input))``, or of its sum with what is :class:`Convolved`."""
+    output = folded(conv, bn, input)
+    if output is None:
+        return call_tail(bn, convolve(conv, input), residual)
+    return F.relu_(output if residual is None else output.add_(add_bias(*residual)))

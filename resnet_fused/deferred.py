@@ -80,64 +80,27 @@ def settle(statistics):
             call.make()
 
 
-class Call:
+class PutOff:
     """``layer(input)``, of which nothing has been computed, and what it was called under."""
 
-    def __init__(self, learned, input, norm, training, ops):
-        self.learned, self.input, self.norm, self.training, self.ops = learned, input, norm, training, ops
-        self.owes = False  # an update of the statistics
-        self.version = self._version()
+    output = None
+    is_used = False  # by a ReLU
+    is_stale = False  # a sum or a ReLU in place has taken the output's place
+
+    def __init__(self, learned, input):
+        self.learned, self.input = learned, input
+        self.version = self._version()  # RuntimeError where versions are not counted
         self.under = under(input)
         self.token = learned.token()
-        self.output = None
-        self.is_used = False  # by a ReLU
-        self.is_stale = False  # a sum or a ReLU in place has taken the output's place
-        self.statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if training else ()
-        settle(self.statistics)  # called twice before the first output is used: in order
-        self.owes, self.thread, reference = training, get_ident(), ref(self)
-        for tensor in self.statistics:
-            if tensor is not None:
-                _owing[id(tensor)] = reference
-
-    def _version(self):
-        """Grows where anybody writes to what the output depends on. RuntimeError where versions are not counted."""
-        running_mean, running_var, weight, bias, *_ = self.norm
-        version = self.input._version
-        if weight is not None:
-            version += weight._version
-        if bias is not None:
-            version += bias._version
-        return version if self.training else version + running_mean._version + running_var._version
-
-    def pay(self):
-        """Say that the statistics are being updated; returns whether they had not been."""
-        owed, self.owes = self.owes, False
-        for tensor in self.statistics if owed else ():
-            if _owing.get(id(tensor), _nobody)() is self:
-                del _owing[id(tensor)]
-        return owed
-
-    def __del__(self):  # an output that nobody has used counts, too
-        if self.owes:
-            with torch.no_grad():
-                self.of(*self.tensors())
 
     def is_open(self):
         """Whether it may still be fused."""
         is_as_called = self._version() == self.version and under(self.input) == self.under
         return is_as_called and not self.is_used and self.output is None
 
-    def tensors(self):
-        return self.input, self.norm.weight, self.norm.bias
-
-    def of(self, input, weight, bias):
-        """What the plain layer computes of these; the first time it updates the statistics."""
+    def check(self):
         if self._version() != self.version:
             raise self.learned.error("its input or a parameter was changed in place before its output was used")
-        norm = self.norm._replace(weight=weight, bias=bias)
-        if self.training and not self.pay():
-            norm = norm._replace(running_mean=None, running_var=None, momentum=0.0, num_batches_tracked=None)
-        return self.ops.batch_norm(input, norm, self.training)
 
     @contextlib.contextmanager
     def as_called(self):
@@ -160,17 +123,66 @@ class Call:
             self.ends_with(self.output)
         return self.output
 
+    def ends_with(self, output):
+        """Keep what has been learnt until backward has been through the output."""
+        if self.token is not None and output.requires_grad:
+            output.register_hook(self.token)
+
+
+class Call(PutOff):
+    """That of a batch norm, which owes an update of its statistics."""
+
+    def __init__(self, learned, input, norm, training, ops):
+        self.norm, self.training, self.ops = norm, training, ops
+        self.owes = False
+        super().__init__(learned, input)
+        self.statistics = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if training else ()
+        settle(self.statistics)  # called twice before the first output is used: in order
+        self.owes, self.thread, reference = training, get_ident(), ref(self)
+        for tensor in self.statistics:
+            if tensor is not None:
+                _owing[id(tensor)] = reference
+
+    def _version(self):
+        """Grows where anybody writes to what the output depends on."""
+        running_mean, running_var, weight, bias, *_ = self.norm
+        version = self.input._version
+        if weight is not None:
+            version += weight._version
+        if bias is not None:
+            version += bias._version
+        return version if self.training else version + running_mean._version + running_var._version
+
+    def pay(self):
+        """Say that the statistics are being updated; returns whether they had not been."""
+        owed, self.owes = self.owes, False
+        for tensor in self.statistics if owed else ():
+            if _owing.get(id(tensor), _nobody)() is self:
+                del _owing[id(tensor)]
+        return owed
+
+    def __del__(self):  # an output that nobody has used counts, too
+        if self.owes:
+            with torch.no_grad():
+                self.of(*self.tensors())
+
+    def tensors(self):
+        return self.input, self.norm.weight, self.norm.bias
+
+    def of(self, input, weight, bias):
+        """What the plain layer computes of these; the first time it updates the statistics."""
+        self.check()
+        norm = self.norm._replace(weight=weight, bias=bias)
+        if self.training and not self.pay():
+            norm = norm._replace(running_mean=None, running_var=None, momentum=0.0, num_batches_tracked=None)
+        return self.ops.batch_norm(input, norm, self.training)
+
     def value(self):
         """What the plain layer gave, whoever may have written to it since."""
         if self.output is not None and self.output._version != self.output_version:
             with self.as_called():
                 return self.of(*self.tensors())
         return self.make()
-
-    def ends_with(self, output):
-        """Keep what has been learnt until backward has been through the output."""
-        if self.token is not None and output.requires_grad:
-            output.register_hook(self.token)
 
     def rectify(self, residual=None, max_pool=None):
         """relu of it, or of its sum with the residual, a tensor or a call, or a pooling of that; None where the
@@ -261,13 +273,13 @@ class Promise(torch.autograd.Function):
     checkpointing."""
 
     @staticmethod
-    def forward(ctx, tail, *tensors):
+    def forward(ctx, kind, tail, *tensors):
         ctx.tail, ctx.tensors = tail, tensors
-        return Deferred(tail)
+        return kind(tail)
 
     @staticmethod
     def backward(ctx, grad):
-        tail, needed = ctx.tail, ctx.needs_input_grad[1:]
+        tail, (_, _, *needed) = ctx.tail, ctx.needs_input_grad
         if tail.is_stale:
             raise tail.learned.error("its output was changed in place, and used under its old name by what is not seen")
         tail.make()
@@ -277,11 +289,13 @@ class Promise(torch.autograd.Function):
             output = tail.of(*tensors)
         wanted = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
         grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled()))
-        return None, *(next(grads) if is_needed else None for is_needed in needed)
+        return None, None, *(next(grads) if is_needed else None for is_needed in needed)
 
 
-def defer(tail):
-    return Promise.apply(tail, *tail.tensors()) if torch.is_grad_enabled() else Deferred(tail)
+def defer(tail, kind=None):
+    """Without data, what the tail gives: a :class:`Deferred`, or of that kind."""
+    kind = kind or Deferred
+    return Promise.apply(kind, tail, *tail.tensors()) if torch.is_grad_enabled() else kind(tail)
 
 
 class Traced(Tensor):
@@ -343,7 +357,7 @@ class Deferred(Traced):
 def _rectified(tensor, is_in_place):
     """relu of it, or None where it cannot be fused."""
     tail = tensor.tail
-    if not tail.is_open() or type(tail) is Rectified:
+    if type(tail) not in (Call, Sum) or not tail.is_open():
         return None
     if type(tail) is Call and tail.learned.defers_relu:
         return _replaced(tensor, Rectified(tail)) if is_in_place else defer(Rectified(tail))
@@ -378,8 +392,11 @@ def _unrectified(tensor):
 def _added(a, b, is_in_place):
     """The sum, put off, or None where it cannot be."""
     if type(a) is not Deferred:
-        if is_in_place or type(b) is not Deferred:
+        if type(b) is not Deferred:
             return None
+        if is_in_place:  # by what was folded, which says nothing of training
+            is_folded = type(b.tail) is Call and not b.tail.training and b.tail.learned.follower
+            return a.add_(b.tail.make()) if is_folded else None
         a, b = b, a
     call = a.tail
     if type(call) is not Call or not call.is_open():
@@ -536,6 +553,7 @@ class Learned:
         self.is_compiled = False
         self.agreed = None  # whether all processes that normalise together want to defer; None: it is alone
         self.frozen = {}  # by its class's forward, whether it is a batch norm of constant statistics
+        self.follower = None  # what the convolution before it has learnt, referenced weakly
         self.number = id(self)  # what stands for it in a graph
         _learned[self.number] = self
 
@@ -576,6 +594,9 @@ class Learned:
             self.agreed = bool(of_all.all())
 
     def state(self):
+        follower = self.follower and self.follower()
+        if follower is not None and follower.folds:
+            return "folded into its convolution"
         if self.reason is not None:
             return f"plain: {self.reason}"
         unknown = "watched" if self.calls else "plain: under torch.compile" if self.is_compiled else "may fuse"
@@ -591,7 +612,11 @@ class Learned:
         if not self.outstanding and not is_in_backward():
             if not self.defers and self.rectified and any(tensor() is not None for tensor in self.watched):
                 self.refuse("its output is kept")
-            if not self.defers and any(tensor() is not None for tensor in self.watched_rectified):
+            if (
+                self.watched_rectified
+                and not self.defers
+                and any(tensor() is not None for tensor in self.watched_rectified)
+            ):
                 self.pools = False  # that is kept
             self.defers = self.wants() and self.agreed is not False
             self.defers_relu = self.defers and bool(self.pools)

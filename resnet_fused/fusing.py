@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from .blocks import FusedResidual, Residual
 from .calls import is_plain
 from .deferred import Learned
+from .folding import Follower
 from .inference import Route
 from .layers import (
     Deferring,
+    Folding,
     Inferring,
     OwnBuffers,
     deferring,
+    folding,
     inferring,
     is_batch_norm,
     own_state,
@@ -31,6 +34,8 @@ from .layers import (
 
 _FORWARD_OF_RESIDUAL = Residual.forward
 _TAILS = {"bn1": "relu", "bn2": "add+relu"}  # of a FusedResidual
+
+_LEARNED = (Deferring, "_learned", Learned), (Inferring, "_learned", Route), (Folding, "_follower", Follower)
 
 # What one could do about a batch norm that is plain, by how the reason begins.
 _ADVICE = {
@@ -89,7 +94,7 @@ class Report:
     @property
     def layers(self) -> dict[str, str]:
         """What each batch norm does, by its name: "may fuse" (before its first call), "watched" (in that), "relu" or
-        "add+relu", with which it is fused, or "plain: " and why."""
+        "add+relu", with which it is fused, "folded into its convolution", or "plain: " and why."""
         return {entry.name: entry.state() for entry in self._entries}
 
     @property
@@ -182,7 +187,8 @@ def fuse(
     it is where somebody watches: torch.compile, torch.export, tracers, torch.func, modes, hooks on the layer.
 
     The class of each nn.MaxPool2d is swapped, too: on a CPU it pools contiguous tensors in a third of the time, and
-    saves no input for backward.
+    saves no input for backward. So is that of each convolution: in eval with gradients a batch norm that learns is
+    folded into its weight, and its output, which eager keeps for backward, is never there.
 
     The package's own :class:`Residual` becomes a :class:`FusedResidual`.
 
@@ -205,7 +211,9 @@ def fuse(
     Raises:
         TypeError: model is not an nn.Module. What ``filter_fn`` raises leaves the model as it was.
     """
-    kinds = [deferring, synchronizing, pooling] + memory_efficient * [recomputing_inputs] + inference * [inferring]
+    kinds = (
+        [deferring, synchronizing, pooling, folding] + memory_efficient * [recomputing_inputs] + inference * [inferring]
+    )
     swaps, entries, in_blocks = {}, [], {}
     for name, module in _named_modules(model):
         is_residual = type(module) is Residual and Residual.forward is _FORWARD_OF_RESIDUAL
@@ -223,9 +231,9 @@ def fuse(
             entries.append(_entry(model, name, state))
     for module, (name, swapped) in swaps.items():  # only now, when nothing can fail any more
         set_class(module, swapped)
-        for base, learned in ((Deferring, Learned), (Inferring, Route)):
+        for base, own, learned in _LEARNED:
             if issubclass(swapped, base):
-                vars(module)["_learned"] = learned(name or "the model")
+                vars(module)[own] = learned(name or "the model")
         if issubclass(swapped, Deferring):
             vars(module)["_own_buffers"] = OwnBuffers(vars(module)["_buffers"])
     if example_inputs is not None:

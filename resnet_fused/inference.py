@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .backend import ops_for
 from .calls import is_plain, normalizing
+from .convolutions import CHANNELS_LAST, geometry_of, is_channels_last, is_dense, output_shape, strides_of
 from .deferred import (
     ADDS_IN_PLACE,
     RELUS,
@@ -37,7 +38,6 @@ from .deferred import (
 _ops = torch.ops.mkldnn
 _CPU = torch.device("cpu")
 _TENSORS = (Tensor, nn.Parameter)
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 NORMALIZED, ADDED = "batch norm", "add"
 # Multiplications, 300 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
 LEAST_WORK = 2**24
@@ -432,7 +432,7 @@ def layout_for(layer, input):
 def why_not(layer):
     """Why oneDNN does not take the layer; None where it does."""
     weight = layer._parameters.get("weight")
-    if layer.padding_mode != "zeros" or _geometry(layer) is None:
+    if layer.padding_mode != "zeros" or geometry_of(layer) is None:
         return f"padding of {layer.padding!r}, {layer.padding_mode}"
     if not is_plain(layer) or type(weight) not in _TENSORS:
         return "a hook, a forward of its own, or another weight than a tensor"
@@ -563,56 +563,20 @@ def _folded(layer, norm):
 
 def _layout(layer, input):
     """The :class:`Layout`, or why oneDNN is not to compute the convolution."""
-    geometry, shape, format = _geometry(layer), input.shape, CHANNELS_LAST.get(input.dim())
+    geometry, shape, format = geometry_of(layer), input.shape, CHANNELS_LAST.get(input.dim())
     if (reason := why_not(layer)) is not None:
         return reason
-    channels, of_a_group, *kernel = layer.weight.shape
-    if layer.transposed:
-        in_channels, channels = channels, of_a_group * layer.groups
-    else:
-        in_channels = of_a_group * layer.groups
+    weight = layer.weight.shape
+    in_channels = weight[0] if layer.transposed else weight[1] * layer.groups
     if input.dim() != layer.weight.dim() or shape[1] != in_channels or input.numel() == 0:
         return "an input of another shape"
-    if not input.is_contiguous() and not _is_dense(input, format):
+    if not input.is_contiguous() and not is_dense(input, format):
         return "an input with gaps"
-    padding, output_padding = geometry[0], layer.output_padding
-    axes = zip(shape[2:], kernel, layer.stride, padding, layer.dilation, output_padding, strict=True)
-    if layer.transposed:
-        sizes = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes]
-    else:
-        sizes = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d, _ in axes]
-    shape = torch.Size((shape[0], channels, *sizes))
+    shape = output_shape(layer, shape, geometry[0])
     if min(shape) < 1:
         return "an input smaller than the kernel"
     if (input if layer.transposed else shape).numel() * layer.weight[0].numel() < LEAST_WORK:
         return TOO_LITTLE_WORK
-    if not (_is_channels_last(input, format) or _is_channels_last(layer.weight, format)):
+    if not (is_channels_last(input, format) or is_channels_last(layer.weight, format)):
         return "contiguous tensors; it is for model.to(memory_format=torch.channels_last)"  # oneDNN's are
-    strides, stride = [1] * len(shape), 1
-    for d in (1, *range(len(shape) - 1, 1, -1), 0):
-        strides[d], stride = stride, stride * shape[d]
-    return Layout(shape, strides, not _is_dense(input, format), geometry)
-
-
-def _geometry(layer):
-    """Padding, stride, dilation and groups; None where the two sides are padded differently."""
-    padding = layer.padding
-    if isinstance(padding, str):
-        sides = layer._reversed_padding_repeated_twice
-        padding = tuple(sides[-2::-2])
-        if padding != tuple(sides[::-2]):
-            return None
-    if layer.transposed:
-        return padding, layer.output_padding, layer.stride, layer.dilation, layer.groups
-    return padding, layer.stride, layer.dilation, layer.groups
-
-
-def _is_dense(tensor, format):
-    return tensor.is_contiguous(memory_format=format)
-
-
-def _is_channels_last(tensor, format):
-    """Whether PyTorch takes its format for channels_last: where it could be either, by its strides."""
-    is_one_value = tensor.numel() == tensor.shape[0]
-    is_by_strides = tensor.stride(1) == 1 and tensor.stride(-1) == tensor.shape[1] and not is_one_value
-    return is_by_strides and _is_dense(tensor, format)
+    return Layout(shape, strides_of(shape, True), not is_dense(input, format), geometry)

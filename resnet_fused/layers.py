@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .backend import is_watched, ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
+from .convolutions import CHANNELS_LAST
 from .deferred import Traced, is_per_channel, note_compiled, settle
-from .inference import CHANNELS_LAST, NORMALIZED, Chained, Followed, Step, as_plain, layout_for
+from .folding import Convolved, note_batch_norm, put_off
+from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
 from .ops import BatchNorm, Ops
 from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
@@ -21,6 +23,7 @@ from .synchronized import group_of, over
 set_class = object.__dict__["__class__"].__set__
 _BATCH_NORM_CLASS = nn.modules.batchnorm._BatchNorm
 _FORWARDS, _BATCH_NORM = {_BATCH_NORM_CLASS.forward, nn.SyncBatchNorm.forward}, F.batch_norm
+_CONVOLVING = {conv.forward for conv in CONVOLUTIONS}
 _MAX_POOLING, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
 _ABSENT = object()
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
@@ -41,7 +44,7 @@ class Swapped(nn.Module):
         return make, (self.plain_class, *arguments), plain_state(self)
 
 
-_OWN = {"_learned", "_own_buffers"}
+_OWN = {"_learned", "_own_buffers", "_follower"}
 
 
 def own_state(layer):
@@ -102,6 +105,12 @@ class Deferring(Swapped):
         is_torchs = self.plain_class.forward in _FORWARDS and F.batch_norm is _BATCH_NORM
         if type(input) in (Chained, Followed):
             return self._of_convolution(input, is_torchs)
+        if not is_compiling():
+            note_batch_norm(self, input)
+        if type(input) is Convolved:
+            if not self.training:
+                return super().forward(input)
+            input = input.tail.make()
         if learned.reason is not None and not learned.decide():
             return self._plain(input, is_torchs)
         ops = ops_for(input)
@@ -265,6 +274,25 @@ class Inferring(Swapped):
         return super()._apply(*args, **kwargs)
 
 
+class Folding(Swapped):
+    """A convolution whose output is put off for a batch norm of constant statistics that learns its weight."""
+
+    def forward(self, input, *args, **kwargs):
+        is_torchs = self.plain_class.forward in _CONVOLVING
+        if args or kwargs or is_compiling() or not is_torchs or not torch.is_grad_enabled():
+            return super().forward(input, *args, **kwargs)
+        follower = self._follower
+        output = put_off(self, follower, input) if follower.decide() else None
+        follower.folds = output is not None
+        if output is None:
+            token, output = follower.token(), super().forward(input)
+            if token is not None and output.requires_grad:
+                output.register_hook(token)
+            if follower.batch_norm is None and follower.calls < 2 and not is_watched():
+                follower.watch(self, input, output)
+        return output
+
+
 class Pooling(Swapped):
     """A max pooling that on a CPU takes contiguous tensors as if they were in channels_last, and saves no input."""
 
@@ -299,6 +327,7 @@ def _torch_classes(*names, dimensions=(1, 2, 3)):
 _RECOMPUTING = dict.fromkeys(CONVOLUTIONS, RecomputingConvolution)
 _RECOMPUTING |= dict.fromkeys(_torch_classes("ConvTranspose", "MaxPool"), Recomputing)
 _INFERRING = dict.fromkeys(_torch_classes("Conv", "ConvTranspose", dimensions=(2, 3)), Inferring)  # oneDNN's
+_FOLDING = dict.fromkeys(CONVOLUTIONS, Folding)
 _LEFT = nn.modules.lazy.LazyModuleMixin, torch.jit.ScriptModule
 
 
@@ -329,13 +358,17 @@ def pooling(layer):
     return Pooling if layer.__class__ is nn.MaxPool2d else None
 
 
+def folding(layer):
+    return _FOLDING.get(layer.__class__)
+
+
 def inferring(layer):
     return _INFERRING.get(layer.__class__)
 
 
 def swapped_class(layer, *kinds):
     """The class of ours for the layer, of the kinds, beside what it does already; None where there is none."""
-    found = [kind(layer) for kind in (inferring, recomputing_inputs, pooling, deferring, synchronizing)]
+    found = [kind(layer) for kind in (inferring, folding, recomputing_inputs, pooling, deferring, synchronizing)]
     wanted = [kind(layer) for kind in kinds]
     bases = [base for base in found if base is not None and (base in wanted or issubclass(type(layer), base))]
     return _swapped(layer.__class__, *bases) if bases else None

@@ -154,7 +154,7 @@ def test_filter_fn_is_asked_about_what_could_be_swapped_and_its_errors_leave_eve
     with pytest.raises(KeyError):
         fuse(model, filter_fn)
     assert_unchanged(model, before)
-    assert asked == ["0.bn1", "0.bn2", "1"]
+    assert asked == ["0.conv1", "0.bn1", "0.conv2", "0.bn2", "1"]
     report = fuse(model, lambda module, name: name != "0.bn1" and not isinstance(module, Residual))
     assert report.layers == {
         "0.bn1": "plain: filter_fn said no",
