@@ -263,7 +263,8 @@ def test_subnormals_are_flushed_where_eager_flushes_them(dtype, threads):
         for backend in ("auto", "eager"):
             with use_backend(backend):
                 sums = ((every, none), (none, every))
-                results.append([functional.batch_norm_add_relu(*tensors, zero, one, eps=0.0) for tensors in sums])
+                eps = 1e-30  # which adds nothing to 1; before torch 2.12 its own batch norm refuses 0
+                results.append([functional.batch_norm_add_relu(*tensors, zero, one, eps=eps) for tensors in sums])
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
@@ -457,6 +458,7 @@ def test_bad_input_of_two_batch_norms_is_refused_before_anything_changes(backend
         assert value.device.type == "meta" or torch.equal(value, arguments[name]), name
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="the reference, torch's own batch norm, refuses eps=0")
 def test_eps_zero_is_fine_with_running_statistics(backend, device):
     Problem.random((4, 3, 5, 5), torch.float64, device=device, training=False, eps=0.0).check()
 

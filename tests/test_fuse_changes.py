@@ -214,6 +214,8 @@ def SCRIPTED(X):
 @pytest.mark.filterwarnings("ignore:None of the inputs have:UserWarning", "ignore:.*use_reentrant:UserWarning")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_the_model_has_learnt_takes_effect(change, monkeypatch):
+    if change == "returned after its ReLU in place" and torch.__version__ < (2, 11):
+        pytest.skip("torch.autograd.backward does not ask __torch_function__, and so raises")
     monkeypatch.setattr(SETTINGS, "log", [])
     change, forward = CHANGES[change]
     plain, fused = twins(Model(forward))

@@ -264,7 +264,7 @@ def test_cond(pair):
         assert_equal(torch.compile(either, backend="eager")(X), plain(X) if X.sum() > 0 else X)
 
 
-def test_subclasses_of_tensor(pair, tmp_path):
+def test_subclasses_of_tensor(pair):
     class Logged(torch.Tensor):
         pass
 
@@ -272,6 +272,11 @@ def test_subclasses_of_tensor(pair, tmp_path):
     Y = fused(make_input().as_subclass(Logged))
     assert type(Y) is Logged
     assert_equal(Y.as_subclass(torch.Tensor), plain(make_input()))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 12), reason="DTensor knows no batch norm")
+def test_distributed_tensors(pair, tmp_path):
+    plain, fused = (model.eval() for model in pair)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
