@@ -10,8 +10,8 @@ import nox
 
 NEEDS = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["test"]
 TORCHES = ["2.15", "2.14", "2.13", "2.12", "2.11", "2.10"]
-CUT = "ops edges gradients max_pool blocks resnet fuse fuse_changes fusing inference pooling recompute synchronized"
-CUT += " watchers"
+CUT = "ops edges gradients max_pool blocks resnet fuse fuse_changes fusing folding inference pooling recompute"
+CUT += " synchronized watchers"
 
 
 @nox.session(python=["3.10", "3.11", "3.12", "3.13"], venv_backend="venv")
