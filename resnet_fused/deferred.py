@@ -550,7 +550,7 @@ class Learned:
         self.watched = []  # their outputs, referenced weakly
         self.watched_rectified = []  # what a ReLU gave of them, likewise
         self.outstanding = 0  # calls that a backward may run again
-        self.is_compiled = False
+        self.is_compiled = self.is_small = False  # the latest call
         self.agreed = None  # whether all processes that normalise together want to defer; None: it is alone
         self.frozen = {}  # by its class's forward, whether it is a batch norm of constant statistics
         self.follower = None  # what the convolution before it has learnt, referenced weakly
@@ -599,6 +599,8 @@ class Learned:
             return "folded into its convolution"
         if self.reason is not None:
             return f"plain: {self.reason}"
+        if self.is_small:
+            return "plain: a small input"
         unknown = "watched" if self.calls else "plain: under torch.compile" if self.is_compiled else "may fuse"
         return f"{self.rectified}{'+max_pool2d' * self.defers_relu}" if self.defers else unknown
 

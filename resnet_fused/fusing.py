@@ -45,6 +45,7 @@ _ADVICE = {
     "its statistics were read": "read them, or call it again, when its output has been used",
     "a hook": "remove it",
     "under torch.compile": "call the model itself",
+    "a small input": "on a CPU PyTorch's operators are faster there",
     "the operator takes less": "have input, residual and parameters of one type, or of float32 parameters",
 }
 

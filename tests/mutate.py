@@ -394,6 +394,8 @@ FAULTS = [
     Fault("inference: a batch norm's hooks", LAYERS, "if type(input) is Chained and not is_plain(self):", "if False:", "inference"),
     Fault("inference: contiguous models converted", INFERENCE, "if not (is_channels_last(input, format) or is_channels_last(layer.weight, format)):", "if False:", "inference"),
     Fault("inference: uneven padding", CONVOLUTIONS, "        if padding != tuple(sides[::-2]):", "        if False:", "inference"),
+    Fault("small inputs put off", LAYERS, "        if learned.is_small:\n", "        if False:\n", "fusing"),
+    Fault("small inputs of several processes run plain", LAYERS, "input.numel() < LEAST_ELEMENTS and group_of(self) is None", "input.numel() < LEAST_ELEMENTS", "synchronized"),
     Fault("folding: eps left out", FOLDING, "(var + eps).rsqrt() * weight", "var.rsqrt() * weight", "folding"),
     Fault("folding: scaled by a constant", FOLDING, "(var + eps).rsqrt() * weight", "(var + eps).rsqrt() * weight.detach()", "folding"),
     Fault("folding: mean left out", FOLDING, "(-mean if layer.bias is None else layer.bias - mean)", "(-mean if layer.bias is None else layer.bias)", "folding"),

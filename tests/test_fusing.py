@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from resnet_fused import FusedResidual, Residual, fuse, resnet18, unfuse, unfused
+from resnet_fused import FusedResidual, Residual, fuse, layers, resnet18, unfuse, unfused
 
 from .models import (
     Layers,
@@ -25,6 +25,7 @@ from .models import (
     make_input,
     prepared,
     residual_block,
+    states_of,
     twins,
 )
 
@@ -163,6 +164,17 @@ def test_filter_fn_is_asked_about_what_could_be_swapped_and_its_errors_leave_eve
         "1.bn2": "may fuse",
     }
     assert type(model[1]) is Residual
+
+
+def test_small_inputs_run_plain_on_a_cpu(calls, monkeypatch):
+    plain, fused = twins(Layers(residual_block), learns=False)
+    for is_small in (True, False, True):
+        monkeypatch.setattr(layers, "LEAST_ELEMENTS", make_input().numel() + is_small)
+        for _ in range(2):
+            calls.clear()
+            assert_same_numbers(fused, plain)
+        assert bool(calls) is not is_small
+        assert states_of(fused)["bn1"] == ("plain: a small input" if is_small else "relu")
 
 
 def test_a_first_call_with_example_inputs_changes_nothing_and_is_watched(calls):
