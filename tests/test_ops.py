@@ -77,7 +77,7 @@ def test_each_gradient_alone_equals_the_reference(backend, device, training, nee
 
 
 @pytest.mark.parametrize(
-    "needed", itertools.product(("input", "weight"), ("residual", "residual_weight")), ids="-".join
+    "needed", [*itertools.product(("input", "weight"), ("residual", "residual_weight"))], ids="-".join
 )
 def test_a_gradient_of_each_of_two_batch_norms_equals_the_reference(backend, device, dtype, layout, training, needed):
     Problem.random((6, 10, 5, 5), dtype, layout, device, "normalized", training=training).check(needs_grad=needed)
