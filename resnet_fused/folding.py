@@ -7,6 +7,7 @@ by PyTorch's own operators, which give all gradients. The convolution's output, 
 otherwise, is never there, and so not kept for backward.
 """
 
+import contextlib
 from weakref import WeakValueDictionary, ref
 
 import torch
@@ -30,12 +31,21 @@ class Convolution(PutOff):
 
     def __init__(self, layer, learned, input, shape, strides):
         self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-        self.shape, self.strides = shape, strides
+        self.shape, self.strides, self.autocast = shape, strides, _autocast(input)
         super().__init__(learned, input)
 
     def _version(self):
         version = self.input._version + self.weight._version
         return version if self.bias is None else version + self.bias._version
+
+    def is_open(self):
+        return super().is_open() and _autocast(self.input) is self.autocast
+
+    @contextlib.contextmanager
+    def as_called(self):
+        device_type, is_cast = device_type_of(self.input), self.autocast is not None
+        with super().as_called(), torch.autocast(device_type, dtype=self.autocast, enabled=is_cast):
+            yield
 
     def tensors(self):
         return self.input, self.weight, self.bias
@@ -57,8 +67,8 @@ class Convolved(Deferred):
 
     @staticmethod
     def __new__(cls, tail):
-        x = tail.input
-        self = Tensor._make_wrapper_subclass(cls, tail.shape, strides=tail.strides, dtype=x.dtype, device=x.device)
+        dtype, device = tail.autocast or tail.input.dtype, tail.input.device
+        self = Tensor._make_wrapper_subclass(cls, tail.shape, strides=tail.strides, dtype=dtype, device=device)
         self.tail = tail
         return self
 
@@ -105,6 +115,12 @@ def note_batch_norm(layer, input):
         follower.batch_norm, layer._learned.follower = ref(layer), ref(follower)
 
 
+def _autocast(input):
+    """The type that convolutions cast to, None without autocast."""
+    device_type = device_type_of(input)
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def _keeps_its_input(layer):
     """Whether the batch norm's statistics are constant, and its weight learns."""
     weight = layer._parameters.get("weight")
@@ -115,7 +131,7 @@ def _scaled(layer, input, norm):
     """The batch norm of the convolution, as one convolution; None where it has other types."""
     mean, var, weight, bias, _, eps, *_ = norm
     vectors = mean, var, weight, weight if bias is None else bias
-    if any(vector is None or vector.dtype is not input.dtype for vector in vectors):
+    if any(vector is None or vector.dtype is not layer.weight.dtype for vector in vectors):
         return None
     scale = (var + eps).rsqrt() * weight
     shift = (-mean if layer.bias is None else layer.bias - mean) * scale
@@ -135,15 +151,17 @@ def _layout_of(layer, input):
 
 def _layout_if_worth(layer, input):
     """Of the layer's output, where it is to be folded, else None."""
-    tensors = [tensor for tensor in (input, layer.weight, layer.bias) if tensor is not None]
+    parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
+    dtype, autocast = layer.weight.dtype, _autocast(input)
     if (
-        any(type(tensor) not in _TENSORS or tensor.dtype is not input.dtype for tensor in tensors)
-        or any(tensor.device != input.device or tensor.is_inference() for tensor in tensors)
+        any(type(tensor) not in _TENSORS or tensor.is_inference() for tensor in (input, *parameters))
+        or any(parameter.dtype is not dtype or parameter.device != input.device for parameter in parameters)
+        or (autocast is None and input.dtype is not dtype)
+        or (autocast is not None and (dtype is not torch.float32 or input.dtype not in (dtype, autocast)))
+        or (autocast or dtype) not in _DTYPES
         or not layer.weight.requires_grad
-        or input.dtype not in _DTYPES
         or input.numel() == 0
         or input.shape[1] != layer.in_channels
-        or torch.is_autocast_enabled(device_type_of(input))
         or not is_plain(layer, *CONVOLUTIONS)
         or ops_for(input) is None
     ):
