@@ -1,5 +1,6 @@
 """NVIDIA's machine code (SASS) as the disassembler prints it: instructions, their order, loops, memory accesses."""
 
+import heapq
 import importlib.util
 import re
 import shutil
@@ -195,6 +196,25 @@ def components(following):
                     if len(loop) > 1 or node in following[node]:
                         loops.append(loop)
     return loops
+
+
+def fewest_instructions(code, *stops):
+    """On the shortest way from the first one to one for which the last of ``stops`` holds, by way of the others."""
+    following, reached = list(successors(code)), {0: 1}
+    for stop in stops:
+        ways, seen, reached = [(count, i) for i, count in reached.items()], set(), {}
+        heapq.heapify(ways)
+        while ways:
+            count, i = heapq.heappop(ways)
+            if i in seen:
+                continue
+            seen.add(i)
+            if stop(i):
+                reached[i] = count
+            else:
+                for j in following[i]:
+                    heapq.heappush(ways, (count + 1, j))
+    return min(reached.values())
 
 
 def is_global(instruction):

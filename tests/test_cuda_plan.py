@@ -153,6 +153,20 @@ def extents(limit):
 
 
 @st.composite
+def divisions(draw):
+    """(n, by), of 2^62 at most, and often about a multiple."""
+    largest = draw(st.sampled_from([2**31, 2**32, 2**62]))
+    by = draw(extents(largest))
+    return max(0, by * draw(st.integers(0, largest // by)) + draw(st.integers(-1, 1))), by
+
+
+@given(divisions())
+def test_a_quotient_is_that_of_a_division(emulation, division):
+    n, by = division
+    assert emulation.quotient(n, by) == n // by
+
+
+@st.composite
 def tensors(draw):
     """(outer, channels, inner), of up to 2^37 elements: more than GPUs hold, of two bytes."""
     elements = 2**37

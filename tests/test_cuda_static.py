@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
 from .conftest import represented
 from .sass import (
     bits_of,
+    fewest_instructions,
     find,
     innermost_loops,
     instructions_of,
@@ -407,6 +408,31 @@ def test_windows_are_read_in_vectors(code):
         else:  # each load twice: of the first row, and of those that follow
             expected = {128: 3, winners: 2}, {128: 1} if kernel.name == "input_gradient" else {}
         assert (accesses(code[kernel], "LDG"), accesses(code[kernel], "STG")) == expected, str(kernel)
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(
+    ("name", "variant", "most"),
+    [
+        ("statistics", None, 280),
+        ("normalize", "add_relu", 390),
+        ("gradient_sums", None, 250),
+        ("input_gradient", None, 345),
+    ],
+)
+def test_few_instructions_come_before_the_rows(name, variant, most):
+    """Of a thread with a row or two, as at 3x3, they are the most, even by the shortest way: loads of the first row,
+    coefficients to shared memory, and from there."""
+    code = compiled("sm_90")[1][Kernel(name, "float", 4, variant)]
+    rows = {i for loop in hot_loops(code) if any(bits_of(code[i]) == 128 for i in loop) for i in loop}
+    stops = (
+        lambda i: is_global(code[i]) and bits_of(code[i]) == 128,
+        lambda i: code[i].is_one_of("STS"),
+        lambda i: code[i].is_one_of("BAR"),
+        lambda i: code[i].is_one_of("LDS"),
+        lambda i: i in rows,
+    )
+    assert fewest_instructions(code, *stops) <= most
 
 
 @needs_nvdisasm

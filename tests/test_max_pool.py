@@ -23,7 +23,7 @@ WINDOWS = {
     "3x3 of stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
     "2x2": {"kernel_size": 2},
     "overlapping": {"kernel_size": 3, "stride": 1, "padding": 1},
-    "oblong, dilated": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 3)},
+    "oblong, dilated": {"kernel_size": (3, 2), "stride": (3, 1), "padding": (1, 0), "dilation": (2, 3)},
     "beyond the end": {"kernel_size": 3, "stride": 2, "ceil_mode": True},
     "of even size": {"kernel_size": 4, "stride": 2, "padding": 1},
     "far apart": {"kernel_size": 2, "stride": (3, 4)},

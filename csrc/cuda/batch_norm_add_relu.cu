@@ -115,16 +115,20 @@ struct Position {
   const Plan& plan;
   int64_t tile, split, tile_begin, row_begin, row_end, first_channel;
   int tile_channels, thread;
-  int64_t column;  // the thread's first
-  bool inside;     // whether it has columns
+  int turns, left;  // rows of each thread, and how many rows of threads have one more
+  int64_t column;   // the thread's first
+  bool inside;      // whether it has columns
 
-  // count: of blocks that take the same part of the matrix.
+  // count: of blocks that take the same part of the matrix, 1 or 2.
   __device__ __forceinline__ Position(const Plan& plan, bool reverse, unsigned count = 1) : plan(plan) {
-    const int64_t block = (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x) / count;
+    const unsigned block = (reverse ? gridDim.x - 1 - blockIdx.x : blockIdx.x) >> (count - 1);
     split = block / plan.tiles, tile = block - split * plan.tiles;
     tile_begin = tile * plan.tile_columns;
     row_begin = split * plan.split_rows;
     row_end = smaller(row_begin + plan.split_rows, plan.rows);
+    const int64_t rows = row_end - row_begin;
+    turns = static_cast<int>(rows / plan.threads_y);
+    left = static_cast<int>(rows - turns * plan.threads_y);
     first_channel = tile_begin / plan.inner;
     tile_channels = static_cast<int>((tile_end() - 1) / plan.inner - first_channel) + 1;
     thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
@@ -196,10 +200,9 @@ class Rows {
  public:
   __device__ __forceinline__ Rows(const Position<kWidth>& position, F load) : load_(load), plan_(position.plan) {
     const Plan& plan = position.plan;
-    const int64_t rows = position.row_end - position.row_begin;
     const int64_t row = kReverse ? position.row_end - 1 - threadIdx.y : position.row_begin + threadIdx.y;
-    turns_ = static_cast<int>((rows + blockDim.y - 1) / plan.threads_y);
-    own_ = position.inside ? static_cast<int>((rows + blockDim.y - 1 - threadIdx.y) / plan.threads_y) : 0;
+    turns_ = position.turns + (position.left > 0);
+    own_ = position.inside ? position.turns + (static_cast<int>(threadIdx.y) < position.left) : 0;
     place_ = {row, row * plan.columns + position.column, row * plan.mask_stride() + position.column / 8};
   }
 
@@ -210,11 +213,12 @@ class Rows {
     }
   }
 
-  // Calls f(place, is_own, loaded), as often in every thread of the block: where others have more rows, not of its own.
+  // Calls f(place, is_own, loaded); where lanes may share a byte of the mask, as often in every thread of the block,
+  // where others have more rows, not of its own.
   template <typename G>
   __device__ __forceinline__ void for_each(G f) {
 #pragma unroll 1
-    for (; turns_ > 0; turns_ -= kAhead, own_ -= kAhead) {
+    for (; (kWidth < 8 ? turns_ : own_) > 0; turns_ -= kAhead, own_ -= kAhead) {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         f(place_, i < own_, loaded_[i]);
@@ -463,17 +467,16 @@ __global__ void __launch_bounds__(kMaxThreads, kResidentThreads / kMaxThreads)
   m2s.store_run(position.thread * kWidth, m2);
   __syncthreads();
 
-  const int64_t size = position.row_end - position.row_begin, turns = size / plan.threads_y;
-  const A fewest = static_cast<A>(turns);                            // rows of a thread: those of the first rows
-  const int left = static_cast<int>(size - turns * plan.threads_y);  // of threads have one more
+  const A size = static_cast<A>(position.row_end - position.row_begin), fewest = static_cast<A>(position.turns);
   const Group group = position.group();
   const Partials<A> partials(plan, norm.scratch);
   position.for_each_channel(group, [&](int channel, int begin, int end) {
     const int64_t c = position.first_channel + channel;
     const Parts parts(plan, c);
-    const Moments<A> of_block = join(group, static_cast<A>((end - begin) * size), [&](bool, auto f) {
-      position.for_each_value(group, begin, end,
-                              [&](int at, int y) { f(y < left ? fewest + 1 : fewest, means.load(at), m2s.load(at)); });
+    const Moments<A> of_block = join(group, static_cast<A>(end - begin) * size, [&](bool, auto f) {
+      position.for_each_value(group, begin, end, [&](int at, int y) {
+        f(y < position.left ? fewest + 1 : fewest, means.load(at), m2s.load(at));
+      });
     });
     const int64_t part = parts.index(position.tile, position.split);
     if (!partials.hand_over(group, parts, part, of_block.mean, of_block.m2)) return;

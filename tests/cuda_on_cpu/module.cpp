@@ -67,6 +67,7 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
       .def_readonly("last_wave", &Plan::last_wave)
       .def_property_readonly("threads", &Plan::threads)
       .def_property_readonly("blocks", &Plan::blocks);
+  m.def("quotient", [](int64_t n, int64_t by) { return n / resnet_fused::cuda::Divisor(by); });
   m.attr("max_threads") = resnet_fused::cuda::kMaxThreads;
   m.attr("resident_threads") = resnet_fused::cuda::kResidentThreads;
 }
