@@ -37,6 +37,14 @@ GEOMETRY = {getattr(Tensor, name) for name in _METHODS.split()}
 GEOMETRY |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {Tensor.__len__}
 DROPOUTS = {F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout}  # others raise by dimensions
 
+# On a CPU. Below, what the host does for a layer that is put off takes longer than it saves.
+LEAST_ELEMENTS = 2**16
+
+
+def is_small(tensor, elements):
+    """Whether a layer on the tensor's device had better not be put off, if it normalises so many elements."""
+    return tensor.is_cpu and elements < LEAST_ELEMENTS
+
 
 def under(input):
     """What a layer is called under, and its ReLU must be, too: grad mode, hooks on saved tensors, a GPU's stream."""

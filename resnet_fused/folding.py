@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .backend import device_type_of, ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .convolutions import CHANNELS_LAST, geometry_of, is_channels_last, output_shape, strides_of
-from .deferred import Deferred, Learned, PutOff, defer, under
+from .deferred import Deferred, Learned, PutOff, defer, is_small, under
 
 _DTYPES = torch.float32, torch.float64, torch.bfloat16  # a scaled weight would leave float16's range
 _TENSORS = Tensor, nn.Parameter
@@ -167,9 +167,10 @@ def _layout_if_worth(layer, input):
     ):
         return None
     layout = _layout_of(layer, input)
-    if layout is None or layout[0].numel() < LEAST_OUTPUT * layer.weight.numel() or min(layout[0]) < 1:
+    if layout is None or min(layout[0]) < 1:
         return None
-    return layout
+    elements = layout[0].numel()
+    return None if is_small(input, elements) or elements < LEAST_OUTPUT * layer.weight.numel() else layout
 
 
 def put_off(layer, follower, input):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .backend import is_watched, ops_for
 from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .convolutions import CHANNELS_LAST
-from .deferred import Traced, is_per_channel, note_compiled, settle
+from .deferred import Traced, is_per_channel, is_small, note_compiled, settle
 from .folding import Convolved, note_batch_norm, put_off
 from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
 from .ops import BatchNorm, Ops
@@ -26,8 +26,6 @@ _FORWARDS, _BATCH_NORM = {_BATCH_NORM_CLASS.forward, nn.SyncBatchNorm.forward}, 
 _CONVOLVING = {conv.forward for conv in CONVOLUTIONS}
 _MAX_POOLING, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
 _ABSENT = object()
-# Of a batch norm's input on a CPU. Below, what the host does for a layer that is put off takes longer than it saves.
-LEAST_ELEMENTS = 2**16
 MULTIPLICATIONS = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 
 
@@ -118,7 +116,7 @@ class Deferring(Swapped):
         ops = ops_for(input)
         if ops is None or not self._may_defer(input):
             return super().forward(input)
-        learned.is_small = input.is_cpu and input.numel() < LEAST_ELEMENTS and group_of(self) is None
+        learned.is_small = is_small(input, input.numel()) and group_of(self) is None
         if learned.is_small:
             return self._plain(input, is_torchs)
         if learned.rectified and not learned.pools and input.is_cpu and not (self.training or torch.is_grad_enabled()):

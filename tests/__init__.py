@@ -4,6 +4,6 @@ import os
 # cores three steps of a resnet34 took 37 s of CPU time so, and 4 s otherwise.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from resnet_fused import layers
+from resnet_fused import deferred
 
-layers.LEAST_ELEMENTS = 0  # here, and in the processes that tests start: theirs are small tensors
+deferred.LEAST_ELEMENTS = 0  # here, and in the processes that tests start: theirs are small tensors

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 from benchmarks.saved import saved_bytes
-from resnet_fused import FusedResidual, Residual, folding, fuse, resnet18, unfuse, use_backend
+from resnet_fused import FusedResidual, Residual, deferred, folding, fuse, resnet18, unfuse, use_backend
 
 from .models import assert_equal, assert_same_numbers, make_block, prepared, results_of
 
@@ -283,12 +283,16 @@ def test_less_is_kept():
     assert kept < kept_by_plain - 4.5 * output
 
 
-def test_few_outputs_are_not_folded(scaled):
+def test_few_outputs_are_not_folded(scaled, monkeypatch):
     plain, fused = twins(tail())
     assert_same(fused, plain, (image(1, (1, 6, 12, 12)),))  # 1152 outputs, 432 weights
     assert not scaled
     assert_same(fused, plain, (image(1, (1, 6, 15, 15)),))  # 1800
     assert scaled
+    scaled.clear()
+    monkeypatch.setattr(deferred, "LEAST_ELEMENTS", 1801)
+    assert_same(fused, plain, (image(1, (1, 6, 15, 15)),))
+    assert not scaled
 
 
 def test_neither_without_gradients_nor_by_float16_nor_on_the_eager_backend(scaled):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from resnet_fused import FusedResidual, Residual, fuse, layers, resnet18, unfuse, unfused
+from resnet_fused import FusedResidual, Residual, deferred, fuse, resnet18, unfuse, unfused
 
 from .models import (
     Layers,
@@ -169,7 +169,7 @@ def test_filter_fn_is_asked_about_what_could_be_swapped_and_its_errors_leave_eve
 def test_small_inputs_run_plain_on_a_cpu(calls, monkeypatch):
     plain, fused = twins(Layers(residual_block), learns=False)
     for is_small in (True, False, True):
-        monkeypatch.setattr(layers, "LEAST_ELEMENTS", make_input().numel() + is_small)
+        monkeypatch.setattr(deferred, "LEAST_ELEMENTS", make_input().numel() + is_small)
         for _ in range(2):
             calls.clear()
             assert_same_numbers(fused, plain)

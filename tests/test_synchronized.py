@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from resnet_fused import FusedResidual, Residual, functional, fuse, layers, synchronized, unfuse, use_backend
+from resnet_fused import FusedResidual, Residual, deferred, functional, fuse, synchronized, unfuse, use_backend
 
 from . import cuda_on_cpu
 from .conftest import represented_where_interpreted
@@ -183,7 +183,7 @@ def networks(rank, ranks, device):
     with pytest.MonkeyPatch.context() as patch:
         gather = synchronized._gather
         patch.setattr(synchronized, "_gather", lambda group, row: counts.append(row.dtype) or gather(group, row))
-        patch.setattr(layers, "LEAST_ELEMENTS", 2**16)  # of which each rank may have another number
+        patch.setattr(deferred, "LEAST_ELEMENTS", 2**16)  # of which each rank may have another number
         _check(_train(network, sizes, rank), expected)
         assert report.layers == {
             "bn": "relu",
