@@ -90,14 +90,17 @@ class Follower(Learned):
     def __init__(self, name):
         super().__init__(name)
         self.batch_norm = None  # referenced weakly
-        self.output = self.under = None  # of a call that is watched, the former likewise
+        self.output = self.under = None  # of a call that is watched, the former likewise, the latter as long
         self.folds = False  # the latest call, for the report
 
     def watch(self, layer, input, output):
         self.calls += 1
         if _layout_of(layer, input) != (output.shape, output.stride()):
             self.refuse("its output has another layout than is expected")
-        self.output, self.under, _watched[id(output)] = ref(output), under(input), self
+        self.output, self.under, _watched[id(output)] = ref(output, self.forget), under(input), self
+
+    def forget(self, _):
+        self.under = None  # whose hooks may keep tensors
 
     def wants(self):
         layer = self.batch_norm and self.batch_norm()
@@ -113,6 +116,7 @@ def note_batch_norm(layer, input):
     follower = _watched.pop(id(input), None) if len(_watched) else None
     if follower is not None and follower.output() is input and follower.under == under(input):
         follower.batch_norm, layer._learned.follower = ref(layer), ref(follower)
+        follower.output = follower.under = None
 
 
 def _autocast(input):

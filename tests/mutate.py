@@ -417,6 +417,7 @@ FAULTS = [
     Fault("folding: the eager backend", FOLDING, "        or ops_for(input) is None\n", "", "folding"),
     Fault("folding: of few outputs", FOLDING, " or elements < LEAST_OUTPUT * layer.weight.numel()", "", "folding"),
     Fault("folding: of small outputs", FOLDING, "is_small(input, elements) or ", "", "folding"),
+    Fault("folding: what is watched kept", FOLDING, "        self.under = None  # whose", "        pass  # whose", "folding"),
     Fault("folding: changed since", FOLDING, "output = _scaled(self.layer, self.input, norm) if self.is_open() else None", "output = _scaled(self.layer, self.input, norm)", "folding"),
     Fault("folding: unseen strides", FOLDING, "            self.refuse(\"its output has another layout", "            str(\"its output has another layout", "folding"),
     Fault("folding: watched under other hooks", FOLDING, " and follower.under == under(input)", "", "folding"),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 
 import pytest
 import torch
@@ -423,6 +424,17 @@ def test_what_is_changed_before_the_output_is_used_is_an_error_that_names_the_la
     _, fused = twins(Pair(forward))
     with pytest.raises(RuntimeError, match="conv, a convolution that fuse put off: .* changed in place"):
         fused(image())
+
+
+def test_what_is_watched_keeps_no_tensor():
+    for model in (nn.Conv2d(6, 6, 1).double(), tail()):
+        fuse(model)
+        for _ in range(2):
+            input = image().requires_grad_()
+            kept = weakref.ref(input)
+            checkpoint(model, input, use_reentrant=False).sum().backward()
+            del input
+            assert kept() is None
 
 
 def test_copies_files_and_unfuse(scaled):
