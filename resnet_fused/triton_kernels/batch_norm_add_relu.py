@@ -20,7 +20,7 @@ def launch(kernel, grid, options, *arguments):
 
 
 def _options(warps, holds_more=False):
-    """For the compiler. ``holds_more``: a backward pass of two batch norms at once, or of windows."""
+    """For the compiler. ``holds_more``: a backward pass of two batch norms at once, or of windows in float64."""
     return {
         "num_warps": warps,
         # Left to itself ptxas aims at 80 or 96 registers and then spills one or two. With 128, four programs of four
@@ -144,7 +144,7 @@ def _forward(input, residual, norms, training, need_mask, given, max_pool):
         windows = _windows(max_pool, input.shape, memory_format)
         plan, matrix = _plan(*matrix_shape(output), input.shape[1], input.dtype, max_pool is not None)
         arguments = *_both(of_norms, None, 0.0), r, output, mask, windows, matrix, training or given is not None
-        launch(kernels.normalize, (plan.programs,), _options(plan.warps), *arguments)
+        launch(kernels.normalize, (plan.programs,), _options(plan.warps()), *arguments)
     if takes_batch:
         for of_kernel, norm in zip(dense, norms, strict=True):
             for name in ("running_mean", "running_var"):
@@ -157,7 +157,7 @@ def _forward(input, residual, norms, training, need_mask, given, max_pool):
 def _take_statistics(input, dense, norms, plan, matrix):
     partials = _scratch(input, 2 * len(norms), plan.channels, plan.partials)
     arguments = *_both([[norm.input] for norm in dense], None), partials, matrix
-    launch(kernels.statistics, (plan.programs, len(norms)), _options(plan.warps), *arguments)
+    launch(kernels.statistics, (plan.programs, len(norms)), _options(plan.warps()), *arguments)
     of_norms = [
         (of_kernel, norm.momentum or 0.0, norm.eps, norm.momentum is None)
         for of_kernel, norm in zip(dense, norms, strict=True)
@@ -217,7 +217,9 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual, gra
             of_norms.append((_norm(*_dense(like, x), of_norm, *vectors), Gradients(*grads, projection)))
     of_norms = of_norms or [(None, Gradients(None))]
     norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
-    options = _options(plan.warps, holds_more=len(of_norms) == 2 or windows is not None)
+    # A thread of 4 warps would hold more of windows than there are registers for, on sm_120; of doubles it has half as many.
+    holds_more = len(of_norms) == 2 or (windows is not None and like.dtype == torch.float64)
+    options = _options(plan.warps(8 if windows and like.dtype != torch.float64 else 4), holds_more)
     with _on(like.device):
         if need_sums:
             partials = _scratch(like, 1 + len(of_norms), plan.channels, plan.partials)

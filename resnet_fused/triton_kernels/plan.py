@@ -8,7 +8,8 @@ Accesses are adjacent and aligned however short the runs of a channel are, and 6
 The rule, of nothing but (outer, channels, inner, dtype), so that results never depend on the GPU:
 
 - A tile has 2048 elements (1024 of float64), 16 a thread of 4 warps: 64 bytes a thread and tensor are on their way, and
-  three accumulators of 16 leave registers for as many programs as keep the memory busy.
+  three accumulators of 16 leave registers for as many programs as keep the memory busy. (Most
+  backward passes of windows have 8 warps.)
 - 128 columns wide, 512 bytes in float32, where the rows are many. Where they are fewer than 16, wider, but no wider
   than the run of a channel: the columns' sums are joined by channel through a (channels of the tile, columns) mask.
 - Rows are split for 2048 programs, two waves of the 8 that each of 132 multiprocessors holds, but to no less than
@@ -34,7 +35,6 @@ class Plan(NamedTuple):
     width: int  # columns that one access holds: 16 bytes, where the rows start at multiples of that
     block_x: int
     block_y: int
-    warps: int
     tiles: int
     splits: int
     split_rows: int
@@ -47,6 +47,10 @@ class Plan(NamedTuple):
     @property
     def programs(self):
         return self.tiles * self.splits
+
+    def warps(self, most=4):
+        """Of a program: of no more threads than have an access."""
+        return max(1, min(most, self.block_x * self.block_y // (32 * self.width)))
 
     @property
     def partials(self):
@@ -76,8 +80,6 @@ def make_plan(outer: int, channels: int, inner: int, element_size: int) -> Plan:
     block_x = max(TILE_COLUMNS, min(tile // block_y, _power_of_two(inner)))
     block_x = min(block_x, max(8, _power_of_two(columns)))  # a byte of the mask is 8 columns
     block_y = min(tile // block_x, _power_of_two(rows))
-    warps = max(1, min(4, block_x * block_y // (32 * width)))
-
     tiles = ceil_div(columns, block_x)
     program_rows = PROGRAM_BYTES // (block_x * element_size)
     splits = min(ceil_div(PROGRAMS, tiles), ceil_div(rows, program_rows))
@@ -86,4 +88,4 @@ def make_plan(outer: int, channels: int, inner: int, element_size: int) -> Plan:
     split_rows = ceil_div(ceil_div(rows, splits), block_y) * block_y
     tile_channels = min(_power_of_two((block_x + inner - 2) // inner + 1), _power_of_two(channels)) if inner > 1 else 0
     splits = ceil_div(rows, split_rows)
-    return Plan(rows, columns, inner, width, block_x, block_y, warps, tiles, splits, split_rows, tile_channels)
+    return Plan(rows, columns, inner, width, block_x, block_y, tiles, splits, split_rows, tile_channels)
