@@ -217,7 +217,7 @@ def _backward(grad_output, mask, statistics, norms, training, need_residual, gra
             of_norms.append((_norm(*_dense(like, x), of_norm, *vectors), Gradients(*grads, projection)))
     of_norms = of_norms or [(None, Gradients(None))]
     norm, grads, residual_norm, residual_grads = arguments = [*_both(of_norms, None, Gradients(grad_residual))]
-    # A thread of 4 warps would hold more of windows than there are registers for, on sm_120; of doubles it has half as many.
+    # A thread of 4 warps would hold more of windows than there are registers for, on sm_120; of doubles it has half.
     holds_more = len(of_norms) == 2 or (windows is not None and like.dtype == torch.float64)
     options = _options(plan.warps(8 if windows and like.dtype != torch.float64 else 4), holds_more)
     with _on(like.device):

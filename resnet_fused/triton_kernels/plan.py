@@ -8,8 +8,8 @@ Accesses are adjacent and aligned however short the runs of a channel are, and 6
 The rule, of nothing but (outer, channels, inner, dtype), so that results never depend on the GPU:
 
 - A tile has 2048 elements (1024 of float64), 16 a thread of 4 warps: 64 bytes a thread and tensor are on their way, and
-  three accumulators of 16 leave registers for as many programs as keep the memory busy. (Most
-  backward passes of windows have 8 warps.)
+  three accumulators of 16 leave registers for as many programs as keep the memory busy. (Most backward
+  passes of windows have 8 warps.)
 - 128 columns wide, 512 bytes in float32, where the rows are many. Where they are fewer than 16, wider, but no wider
   than the run of a channel: the columns' sums are joined by channel through a (channels of the tile, columns) mask.
 - Rows are split for 2048 programs, two waves of the 8 that each of 132 multiprocessors holds, but to no less than
