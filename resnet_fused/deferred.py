@@ -38,7 +38,7 @@ GEOMETRY |= {getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()} | {T
 DROPOUTS = {F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout}  # others raise by dimensions
 
 # On a CPU. Below, what the host does for a layer that is put off takes longer than it saves.
-LEAST_ELEMENTS = 2**16
+LEAST_ELEMENTS = 2**17
 
 
 def is_small(tensor, elements):

@@ -183,7 +183,7 @@ def networks(rank, ranks, device):
     with pytest.MonkeyPatch.context() as patch:
         gather = synchronized._gather
         patch.setattr(synchronized, "_gather", lambda group, row: counts.append(row.dtype) or gather(group, row))
-        patch.setattr(deferred, "LEAST_ELEMENTS", 2**16)  # of which each rank may have another number
+        patch.setattr(deferred, "LEAST_ELEMENTS", 2**17)  # of which each rank may have another number
         _check(_train(network, sizes, rank), expected)
         assert report.layers == {
             "bn": "relu",
