@@ -31,7 +31,7 @@ class Convolution(PutOff):
 
     def __init__(self, layer, learned, input, shape, strides):
         self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
-        self.shape, self.strides, self.autocast = shape, strides, _autocast(input)
+        self.shape, self.strides = shape, strides
         super().__init__(learned, input)
 
     def _version(self):
@@ -39,12 +39,11 @@ class Convolution(PutOff):
         return version if self.bias is None else version + self.bias._version
 
     def is_open(self):
-        return super().is_open() and _autocast(self.input) is self.autocast
+        return super().is_open() and not _is_cast(self.input)
 
     @contextlib.contextmanager
     def as_called(self):
-        device_type, is_cast = device_type_of(self.input), self.autocast is not None
-        with super().as_called(), torch.autocast(device_type, dtype=self.autocast, enabled=is_cast):
+        with super().as_called(), torch.autocast(device_type_of(self.input), enabled=False):
             yield
 
     def tensors(self):
@@ -67,8 +66,8 @@ class Convolved(Deferred):
 
     @staticmethod
     def __new__(cls, tail):
-        dtype, device = tail.autocast or tail.input.dtype, tail.input.device
-        self = Tensor._make_wrapper_subclass(cls, tail.shape, strides=tail.strides, dtype=dtype, device=device)
+        x = tail.input
+        self = Tensor._make_wrapper_subclass(cls, tail.shape, strides=tail.strides, dtype=x.dtype, device=x.device)
         self.tail = tail
         return self
 
@@ -119,10 +118,9 @@ def note_batch_norm(layer, input):
         follower.output = follower.under = None
 
 
-def _autocast(input):
-    """The type that convolutions cast to, None without autocast."""
-    device_type = device_type_of(input)
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+def _is_cast(input):
+    """Whether convolutions cast: rounded to bfloat16, a scaled weight costs up to 1.4 times eager's error."""
+    return torch.is_autocast_enabled(device_type_of(input))
 
 
 def _keeps_its_input(layer):
@@ -156,13 +154,11 @@ def _layout_of(layer, input):
 def _layout_if_worth(layer, input):
     """Of the layer's output, where it is to be folded, else None."""
     parameters = [parameter for parameter in (layer.weight, layer.bias) if parameter is not None]
-    dtype, autocast = layer.weight.dtype, _autocast(input)
     if (
         any(type(tensor) not in _TENSORS or tensor.is_inference() for tensor in (input, *parameters))
-        or any(parameter.dtype is not dtype or parameter.device != input.device for parameter in parameters)
-        or (autocast is None and input.dtype is not dtype)
-        or (autocast is not None and (dtype is not torch.float32 or input.dtype not in (dtype, autocast)))
-        or (autocast or dtype) not in _DTYPES
+        or any(parameter.dtype is not input.dtype or parameter.device != input.device for parameter in parameters)
+        or input.dtype not in _DTYPES
+        or _is_cast(input)
         or not layer.weight.requires_grad
         or input.numel() == 0
         or input.shape[1] != layer.in_channels
