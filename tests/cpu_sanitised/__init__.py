@@ -1,7 +1,8 @@
 """The CPU's kernels and glue, unmodified, compiled with sanitisers in the place of ``resnet_fused._C``.
 
-A plugin of pytest, ``-p tests.cpu_sanitised``, which builds what RESNET_FUSED_SANITISER names, once per change of the
-sources, and loads it before resnet_fused is imported. For the process's environment see ``tests.sanitisers``.
+A plugin of pytest, ``-p cpu_sanitised`` with ``tests`` on its path, which builds what RESNET_FUSED_SANITISER names,
+once per change of the sources, and loads it before resnet_fused is imported, as ``tests`` does. For the process's
+environment see ``tests.sanitisers``.
 """
 
 import os
