@@ -3,7 +3,6 @@
 There work runs at once, and what might have run beside it is known: see cuda_on_cpu/runtime.h.
 """
 
-import gc
 import re
 import threading
 
@@ -21,15 +20,14 @@ from .problem import Problem
 def emulation():
     """Of a test that leaves no more memory allocated than it found."""
     module = cuda_on_cpu.load()
-    if module.allocations():
-        gc.collect()  # what another test has left in cycles is not to go meanwhile
     before = module.allocations()
     with use_backend(cuda_on_cpu.BACKEND):
         yield module
     module.set_device(0)
     module.set_stream(0)
     module.before_next_launch(None)
-    assert module.allocations() == before
+    # What was found may go: of a backward that failed, in another test, autograd keeps a gradient until the next.
+    assert module.allocations() <= before
 
 
 def _to_device(tensor, device):
