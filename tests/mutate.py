@@ -135,6 +135,7 @@ FAULTS = [
     Fault("one row under way", CUDA, "rows_of<3, false>", "rows_of<1, false>", "cuda_static"),
     Fault("halves taken apart as they are loaded", "csrc/cuda/memory.cuh", "std::conditional_t<n * sizeof(T) % 4 == 0, uint32_t, T>", "std::conditional_t<sizeof(T) == 8, uint32_t, T>", "cuda_static"),
     Fault("a division a value in the joins", REDUCE, "if (column >= columns) column -= columns, ++row;", "row += column / columns, column %= columns;", "cuda_static"),
+    Fault("partial sums loaded one by one", CUDA, "constexpr int kAtOnce = 4;", "constexpr int kAtOnce = 1;", "cuda_static"),
     Fault("the mean for the shift that is left ready", CUDA, "ready.store(2 * plan.channels + c, coefficients.shift);", "ready.store(2 * plan.channels + c, coefficients.mean);", "cuda_traffic"),
     Fault("tile's channels of 32 bits", CUDA, "tile, split, tile_begin, row_begin, row_end, first_channel;", "tile, split, tile_begin, row_begin, row_end; int first_channel;", "cuda_traffic"),
     Fault("origin left out", CUDA, "widen(x[k]) - origin[k], deviation", "widen(x[k]), deviation", "edges"),

@@ -247,15 +247,16 @@ def registers_of(operands):
     return {int(number) for number in re.findall(r"\bR(\d+)\b", operands)}
 
 
-def loads_under_way(code, loop):
-    """16-byte loads of global memory that a thread has under way, at most, as it waits for one of them."""
+def loads_under_way(code, loop, counts=lambda load: bits_of(load) == 128):
+    """Loads of global memory, those that `counts` is true of, that a thread has under way, at most, as it waits for one
+    of them."""
     pending, most = [], 0
     for i in [*loop, *loop]:  # the first time round without those of the turn before
         touched = registers_of(code[i].operands)
         if any(touched & loaded for loaded in pending):
             most = max(most, len(pending))
             pending = [loaded for loaded in pending if not touched & loaded]
-        if code[i].is_one_of("LDG") and bits_of(code[i]) == 128:
+        if code[i].is_one_of("LDG") and counts(code[i]):
             first = int(re.search(r"\bR(\d+)\b", code[i].operands)[1])
-            pending.append(set(range(first, first + 4)))
+            pending.append(set(range(first, first + max(1, bits_of(code[i]) // 32))))
     return most

@@ -471,6 +471,20 @@ def test_joining_sums_takes_no_division(tmp_path):
 
 
 @needs_nvdisasm
+def test_partial_sums_of_other_blocks_are_loaded_four_at_once(code):
+    """Each comes from L2, some 300 cycles away."""
+
+    def is_fresh(load):
+        return load.is_one_of("LDG") and ".STRONG" in load.operation
+
+    for kernel in ALL_KERNELS:
+        joins = [loop for loop in innermost_loops(code[kernel]) if any(is_fresh(code[kernel][i]) for i in loop)]
+        under_way = [loads_under_way(code[kernel], loop, is_fresh) for loop in joins]
+        assert len(joins) == {"statistics": 2, "gradient_sums": 1}.get(kernel.name, 0), str(kernel)
+        assert all(loads >= 4 for loads in under_way), (str(kernel), under_way)
+
+
+@needs_nvdisasm
 def test_the_sums_of_a_thread_are_stored_16_bytes_at_a_time(code):
     """In shared memory, where a float at a time, eight threads' would be in one bank."""
     for kernel in ALL_KERNELS:
