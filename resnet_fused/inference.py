@@ -7,7 +7,6 @@ these steps and no others. Whoever else touches what is put off gets what has be
 further from then on.
 """
 
-from ctypes import c_char
 from functools import cache
 from operator import is_, mul
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_leaves
 
-from .backend import ops_for
+from .backend import available_backends, ops_for
 from .calls import is_plain, normalizing
 from .convolutions import CHANNELS_LAST, geometry_of, is_channels_last, is_dense, output_shape, strides_of
 from .deferred import (
@@ -35,12 +34,14 @@ from .deferred import (
     adds,
 )
 
-_ops = torch.ops.mkldnn
-_CPU = torch.device("cpu")
+_ops, _without_data = torch.ops.mkldnn, Tensor._make_wrapper_subclass
 _TENSORS = (Tensor, nn.Parameter)
 NORMALIZED, ADDED = "batch norm", "add"
-# Multiplications, 300 us of a core. Below, what the host does for a layer that is put off takes longer than it saves.
-LEAST_WORK = 2**24
+# In multiplications, of which a core does some 2^16 a us. Below, what the host does for a layer that is put off, 50 us
+# in a network, takes longer than it saves: of each output a batch norm's and an activation's passes over memory, and of
+# each value of the weight the packing, which the plain layer does at each call.
+LEAST_WORK = 2**25
+WORK_OF_OUTPUT, WORK_OF_PACKING = 64, 32
 TOO_LITTLE_WORK = "too little work"
 
 
@@ -163,7 +164,7 @@ class Chain:
         if is_in_place:
             input.tail = chain
         if count + 1 < len(known):
-            return input if is_in_place else Chained.__new__(Chained, chain)
+            return input if is_in_place else _chained(chain)
         chain.output = chain.run() if name in (NORMALIZED, ADDED) else chain.run(name, *operand)
         return chain.output
 
@@ -213,13 +214,6 @@ def _counting_versions(tensor):
 class Chained(Deferred):
     """What a :class:`Chain` gives, without data."""
 
-    @staticmethod
-    def __new__(cls, chain):
-        layout = chain.layout
-        self = Tensor._make_wrapper_subclass(cls, layout.shape, strides=layout.strides, dtype=chain.dtype, device=_CPU)
-        self.tail = chain
-        return self
-
     @classmethod
     def asked(cls, function, types, args, kwargs):
         step = step_of(cls, function, args, kwargs)
@@ -228,6 +222,12 @@ class Chained(Deferred):
             args, kwargs = _made((args, kwargs), getattr(function, "__name__", str(function)))
             output = function(*args, **kwargs)
         return output
+
+
+def _chained(chain):
+    tensor = _without_data(Chained, chain.layout.shape, **chain.layout.options)
+    tensor.tail = chain
+    return tensor
 
 
 # What is seen
@@ -318,7 +318,7 @@ class Layout(NamedTuple):
     """Of a convolution's output, and what oneDNN takes beside tensors."""
 
     shape: torch.Size
-    strides: list[int]
+    options: dict  # the others of a tensor's
     converts: bool  # the input, to channels_last
     geometry: tuple
 
@@ -352,16 +352,16 @@ class Route(Learned):
 
     def put_off(self, layer, input, layout):
         """The layer's output, put off where a step may follow."""
-        input, weight, bias = _counting_versions(input), *_parameters_of(layer)
+        input, weight, bias = _counting_versions(input), *parameters_of(layer)
         versions = (input, input._version), (weight, weight._version)
         if bias is not None:
             versions += ((bias, bias._version),)
         chain = Chain(layer, self, layout, input, versions)
-        return Chained.__new__(Chained, chain) if self.steps else chain.run()
+        return _chained(chain) if self.steps else chain.run()
 
     def layout(self, layer, input):
         """None where oneDNN does not take the convolution."""
-        weight, _ = _parameters_of(layer)
+        weight, _ = parameters_of(layer)
         of_tensors = input.shape, input.stride(), input.dtype, weight.shape, weight.stride()
         of_layer = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode, layer.output_padding
         key = of_tensors, of_layer
@@ -411,7 +411,7 @@ class Route(Learned):
 
 def layout_for(layer, input):
     """That of the layer's output, where oneDNN is to compute it, else None."""
-    weight, bias = _parameters_of(layer)
+    weight, bias = parameters_of(layer)
     is_inferred = (
         not torch.is_grad_enabled()
         and not layer.training
@@ -444,6 +444,8 @@ def _unavailable(device_type, dtype):
     """Why oneDNN serves no such tensors; None where it does. What is private in PyTorch is tried once."""
     if device_type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return f"float32 and bfloat16 on a CPU only, not {str(dtype).removeprefix('torch.')} on {device_type}"
+    if "cpu" not in available_backends():
+        return "the C++ extension is missing"
     if not torch.backends.mkldnn.is_available():
         return "this build of PyTorch has no oneDNN"
     try:
@@ -477,16 +479,15 @@ class Packed:
     """A convolution's weight and bias, a batch norm's scale and shift in them, as oneDNN takes them fastest."""
 
     def __init__(self, layer, norm, input, geometry):
+        from ._C import Contents  # which is there where a layer is swapped: see _unavailable
+
         self.sources, self.eps, self.geometry = _sources(layer, norm), norm and norm.eps, geometry
         # Aliases, which keep their memory from being freed, and another tensor from being there.
         self.tensors = tensors = [tensor.detach() for tensor in self.sources if tensor is not None]
         self.version, self.addresses = self.sources[0]._version, [tensor.data_ptr() for tensor in tensors]
         # Copied first: what is changed while the weight is being packed is seen at the next call.
-        self.sample = _bits(_sample(layer, tensors[0]))
-        self.sampled = self.sample.clone()
-        # As bytes: each call of torch.equal would take 0.7 us of the 30 that a layer takes on the host.
-        self.vectors = [(c_char * tensor.nbytes).from_address(tensor.data_ptr()) for tensor in tensors[1:]]
-        self.contents = [vector.raw for vector in self.vectors]
+        compared = _sample(layer, tensors[0]), *tensors[1:]
+        self.contents = Contents([(t.data_ptr(), t.shape, t.stride(), t.element_size()) for t in compared])
         weight, bias = _folded(layer, norm)
         pack = _ops._reorder_convolution_transpose_weight if layer.transposed else _ops._reorder_convolution_weight
         of_kind = _ops._convolution_transpose_pointwise if layer.transposed else _ops._convolution_pointwise
@@ -507,26 +508,22 @@ class Packed:
             and geometry == self.geometry
             and (norm is None or norm.eps == self.eps)
             and [tensor.data_ptr() for tensor in sources if tensor is not None] == self.addresses
-            and [vector.raw for vector in self.vectors] == self.contents
-            and torch.equal(self.sample, self.sampled)
+            and self.contents.holds()
         )
 
     def bytes(self):
-        return _ops._nbytes(self.weight) + self.sampled.nbytes + sum(map(len, self.contents))
+        return _ops._nbytes(self.weight) + self.contents.nbytes
 
 
-def _parameters_of(layer):
-    """Weight and bias. nn.Module looks attributes up three times as long."""
+def parameters_of(layer):
+    """Weight and bias, None for both where one is no parameter. nn.Module looks attributes up three times as long."""
     parameters = layer._parameters
-    return parameters.get("weight"), parameters.get("bias")
+    are_there = "weight" in parameters and "bias" in parameters
+    return (parameters["weight"], parameters["bias"]) if are_there else (None, None)
 
 
 def _sources(layer, norm):
-    return _parameters_of(layer) if norm is None else (*_parameters_of(layer), *norm[:4])
-
-
-def _bits(tensor):
-    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.int16)  # NaN is equal to itself, then
+    return parameters_of(layer) if norm is None else (*parameters_of(layer), *norm[:4])
 
 
 def _sample(layer, weight):
@@ -575,8 +572,10 @@ def _layout(layer, input):
     shape = output_shape(layer, shape, geometry[0])
     if min(shape) < 1:
         return "an input smaller than the kernel"
-    if (input if layer.transposed else shape).numel() * layer.weight[0].numel() < LEAST_WORK:
+    work = (input if layer.transposed else shape).numel() * layer.weight[0].numel()
+    if work + WORK_OF_OUTPUT * shape.numel() + WORK_OF_PACKING * layer.weight.numel() < LEAST_WORK:
         return TOO_LITTLE_WORK
     if not (is_channels_last(input, format) or is_channels_last(layer.weight, format)):
         return "contiguous tensors; it is for model.to(memory_format=torch.channels_last)"  # oneDNN's are
-    return Layout(shape, strides_of(shape, True), not is_dense(input, format), geometry)
+    options = {"strides": strides_of(shape, True), "dtype": input.dtype, "device": input.device}
+    return Layout(shape, options, not is_dense(input, format), geometry)

@@ -15,7 +15,7 @@ from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .convolutions import CHANNELS_LAST
 from .deferred import Traced, is_per_channel, is_small, note_compiled, settle
 from .folding import Convolved, note_batch_norm, put_off
-from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for
+from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for, parameters_of
 from .ops import BatchNorm, Ops
 from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
@@ -107,13 +107,13 @@ class Deferring(Swapped):
         if type(input) in (Chained, Followed):
             return self._of_convolution(input, is_torchs)
         if type(input) is Tensor and not is_compiling():
-            is_done = learned.reason is not None or (learned.rectified and not learned.pools)
+            learned.is_small = is_small(input, input.numel()) and group_of(self) is None
+            is_done = learned.is_small or learned.reason is not None or (learned.rectified and not learned.pools)
             if is_done and input.is_cpu and not (self.training or torch.is_grad_enabled()):
                 # The operator wins nothing there in a network: the next convolution reads a colder tensor (0.96 to 1.04
                 # of eager's speed on three CPUs).
                 return self._plain(input, is_torchs)
             note_batch_norm(self, input)
-            learned.is_small = is_small(input, input.numel()) and group_of(self) is None
         if type(input) is Convolved:
             if not self.training:
                 return super().forward(input)
@@ -139,7 +139,9 @@ class Deferring(Swapped):
         self._check_input_dim(input)  # and what that forward does, but looking each attribute up once
         norm, training = batch_norm_of(self)
         settle((norm.running_mean, norm.running_var, norm.num_batches_tracked))
-        return reference.batch_norm(input, norm, training)
+        if training:
+            return reference.batch_norm(input, norm, training)
+        return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
     def _of_convolution(self, input, is_torchs):
         """Of what tells a batch norm from other calls by itself."""
@@ -260,6 +262,9 @@ class Inferring(Swapped):
         if type(input) is not Tensor:
             input = as_plain(input)
         elif input.shape == learned.too_small:
+            weight, bias = parameters_of(self)
+            if weight is not None and self.plain_class.forward in _CONVOLVING:
+                return self._conv_forward(input, weight, bias)
             return super().forward(input)
         layout = layout_for(self, input)
         if layout is not None and (learned.steps is not None or not learned.is_watching()):

@@ -54,6 +54,7 @@ LAYERS = "resnet_fused/layers.py"
 FUSING = "resnet_fused/fusing.py"
 INFERENCE = "resnet_fused/inference.py"
 CONVOLUTIONS = "resnet_fused/convolutions.py"
+CONTENTS = "csrc/contents.h"
 FOLDING = "resnet_fused/folding.py"
 POOLING = "resnet_fused/pooling.py"
 OPS = "resnet_fused/ops.py"
@@ -381,8 +382,13 @@ FAULTS = [
     Fault("inference: residual's tensor overwritten", INFERENCE, "_ops._convolution_pointwise.binary(self.input, residual, *arguments)", "_ops._convolution_pointwise_.binary(residual, self.input, *arguments)", "inference"),
     Fault("inference: a shortcut's output overwritten that is used again", INFERENCE, "binary(residual._run(), self.input", "binary(setattr(residual, 'output', residual._run()) or residual.output, self.input", "inference"),
     Fault("inference: stale address", INFERENCE, "            and [tensor.data_ptr() for tensor in sources if tensor is not None] == self.addresses\n", "", "inference"),
-    Fault("inference: stale vectors", INFERENCE, "            and [vector.raw for vector in self.vectors] == self.contents\n", "", "inference"),
-    Fault("inference: stale weight", INFERENCE, "            and torch.equal(self.sample, self.sampled)\n", "", "inference"),
+    Fault("inference: stale vectors", INFERENCE, "compared = _sample(layer, tensors[0]), *tensors[1:]", "compared = (_sample(layer, tensors[0]),)", "inference"),
+    Fault("inference: stale weight", INFERENCE, "compared = _sample(layer, tensors[0]), *tensors[1:]", "compared = tensors[1:]", "inference"),
+    Fault("inference: the first value of a vector looked at", CONTENTS, "memcmp(run, copy, bytes)", "memcmp(run, copy, bytes > 4 ? 4 : bytes)", "inference"),
+    Fault("inference: outputs not weighed", INFERENCE, "work + WORK_OF_OUTPUT * shape.numel() + ", "work + ", "inference"),
+    Fault("inference: packing not weighed", INFERENCE, " + WORK_OF_PACKING * layer.weight.numel() <", " <", "inference"),
+    Fault("inference: a bias that is no parameter left out", INFERENCE, "if are_there else (None, None)", 'if are_there else (parameters.get("weight"), None)', "inference"),
+    Fault("inference: a weight that is no parameter of a plain layer", LAYERS, "            if weight is not None and self.plain_class", "            if self.plain_class", "inference"),
     Fault("inference: stale version", INFERENCE, "            and sources[0]._version == self.version\n", "", "inference"),
     Fault("inference: stale eps", INFERENCE, "            and (norm is None or norm.eps == self.eps)\n", "", "inference"),
     Fault("inference: stale geometry", INFERENCE, "            and geometry == self.geometry\n", "", "inference"),

@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import io
+import itertools
 import pickle
 import threading
 import weakref
@@ -612,6 +613,7 @@ CHANGES = {
         setattr(layer, "dilation", (2, 2)) or setattr(layer, "padding", (2, 2)) for layer in (model.conv1, model.conv2)
     ],
     "pruned": lambda model: nn.utils.prune.custom_from_mask(model.conv1, "weight", model.conv1.weight > 0),
+    "pruned bias": lambda model: nn.utils.prune.custom_from_mask(model.conv1, "bias", model.conv1.bias > 0),
     "parametrized": lambda model: nn.utils.parametrizations.weight_norm(model.conv1),
     "another batch norm": lambda model: setattr(model, "bn1", ready(nn.BatchNorm2d(6, eps=0.1))),
     "another convolution": lambda model: setattr(model, "conv1", ready(nn.Conv2d(6, 6, 3, padding=1))),
@@ -624,8 +626,10 @@ CHANGES |= {
 }
 
 
+@pytest.mark.parametrize("least_work", [0, inference.LEAST_WORK], ids=["packed", "little to compute"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_next_forward_follows(change):
+def test_the_next_forward_follows(change, least_work, monkeypatch):
+    monkeypatch.setattr(inference, "LEAST_WORK", least_work)
     plain, fused = twins(ready(make_block_with_biases()), make_input())
     for model in (plain, fused):
         torch.manual_seed(1)
@@ -660,6 +664,16 @@ def test_every_output_channel_of_a_weight_is_looked_at():
             assert any(name.startswith(ONEDNN) for name in operators(lambda: fused(input))), kind  # noqa: B023
 
 
+def test_every_value_of_a_vector_is_looked_at():
+    plain, fused = twins(ready(nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU())), make_input())
+    names = "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"
+    for name, channel in itertools.product(names, range(6)):
+        for twin in (plain, fused):
+            twin.state_dict()[name].data[channel] += 1  # without a version
+        assert_close(fused(make_input()), plain(make_input()))
+    assert any(name.startswith(ONEDNN) for name in operators(lambda: fused(make_input())))
+
+
 def test_types_that_are_mixed():
     model = ready(conv_bn(nn.ReLU()), torch.bfloat16)
     model[1].float()
@@ -684,6 +698,18 @@ def test_where_there_is_little_to_compute_the_layers_are_plain(monkeypatch):
     plain, fused = twins(ready(make_block()), make_input())
     assert torch.equal(fused(make_input()), plain(make_input()))
     assert set(vars(fused)["report"].inference.values()) == {"plain: too little work"}
+
+
+@pytest.mark.parametrize("of", ["multiplications", "outputs", "packing"])
+def test_there_is_enough_to_compute_of_any_kind(monkeypatch, of):
+    """Of 8 channels of 8x8: 2^12 multiplications, 2^9 outputs, 2^6 values of the weight."""
+    monkeypatch.setattr(inference, "WORK_OF_OUTPUT", 2**3 * (of == "outputs"))
+    monkeypatch.setattr(inference, "WORK_OF_PACKING", 2**6 * (of == "packing"))
+    work = 2**12 if of == "multiplications" else 2**13
+    for least, state in ((work, "convolution+relu"), (work + 1, "plain: too little work")):
+        monkeypatch.setattr(inference, "LEAST_WORK", least)
+        _, fused = twins(ready(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())), make_input(shape=(1, 8, 8, 8)))
+        assert {*vars(fused)["report"].inference.values()} == {state}
 
 
 def test_weights_are_packed_once():
