@@ -200,6 +200,7 @@ FAULTS = [
     Fault("Triton: strided statistics not written back", TRITON_GLUE, "vector.copy_(written)", "pass", "edges"),
     Fault("Triton: offsets of 32 bits", TRITON, "row[:, None] * _columns(matrix) + column", "row[:, None].to(tl.int32) * _columns(matrix) + column", "triton_static"),
     Fault("Triton: four warps for windows", TRITON_GLUE, "plan.warps(8 if windows and", "plan.warps(4 if windows and", "triton_static", "test-all"),
+    Fault("Triton: fewer programs than an H100 has room for", "resnet_fused/triton_kernels/plan.py", "range(64, 256)", "range(0)", "triton_static"),
     Fault("Triton: narrow accesses", "resnet_fused/triton_kernels/plan.py", "width = 16 // element_size", "width = 1", "triton_static"),
     Fault("Triton: of equal values the last wins", TRITON, "(value > best) |", "(value >= best) |", "max_pool"),
     Fault("Triton: what is beside a row is pooled", TRITON, "(pixel < axis.size)", "(pixel <= axis.size)", "max_pool"),

@@ -99,6 +99,18 @@ def test_every_kind_of_plan_gives_the_reference(layout, with_residual, shape):
         Problem.random(shape, torch.float32, layout, "cpu", with_residual).check(clipped=(0.2, 0.8))
 
 
+def test_tiles_of_few_rows_give_the_reference(monkeypatch, with_programs, layout, with_residual):
+    """As at 3x3, where there are 64 to 255 of more rows: several down a column, and a rest."""
+    monkeypatch.setattr(plan, "TOO_FEW_TILES", range(2, 9))
+    with_programs(plan.MINIMUM_PROGRAMS)
+    problem = Problem.random((11, 30, 3, 3), torch.float32, layout, "cpu", with_residual)
+    rows, columns = matrix_shape(problem.input)
+    tiles = plan.make_plan(rows, 30, columns // 30, 4)
+    assert tiles.block_y in (4, 8) and tiles.splits > 1 and rows % tiles.split_rows
+    with use_backend("triton"):
+        problem.check(clipped=(0.2, 0.8))
+
+
 def test_more_partial_sums_than_are_joined_at_a_time(monkeypatch, with_programs, layout, with_residual):
     """As of a large tensor, with 8 at a time in the place of 1024."""
     monkeypatch.setattr(kernels, "LANES", tl.constexpr(8))

@@ -15,6 +15,8 @@ The rule, of nothing but (outer, channels, inner, dtype), so that results never 
 - Rows are split for 2048 programs, two waves of the 8 that each of 132 multiprocessors holds, but to no less than
   32 KiB a program and tensor, beside which its statistics and coefficients, 2 KiB, are little; where that leaves fewer
   than 512 programs, to less.
+- A tile has fewer rows where there are else 64 to 255 tiles, fewer than two for each multiprocessor, as at 6x6 and 3x3
+  in a batch of 32. Fewer than 64, as in the tests, stay as they are: interpreted, each program takes its time.
 """
 
 from functools import lru_cache
@@ -26,6 +28,7 @@ TILE_COLUMNS = 128
 PROGRAMS = 2048
 MINIMUM_PROGRAMS = 512
 PROGRAM_BYTES = 32 * 1024
+TOO_FEW_TILES = range(64, 256)
 
 
 class Plan(NamedTuple):
@@ -81,6 +84,8 @@ def make_plan(outer: int, channels: int, inner: int, element_size: int) -> Plan:
     block_x = min(block_x, max(8, _power_of_two(columns)))  # a byte of the mask is 8 columns
     block_y = min(tile // block_x, _power_of_two(rows))
     tiles = ceil_div(columns, block_x)
+    while block_y > 1 and tiles * ceil_div(rows, block_y) in TOO_FEW_TILES:
+        block_y //= 2
     program_rows = PROGRAM_BYTES // (block_x * element_size)
     splits = min(ceil_div(PROGRAMS, tiles), ceil_div(rows, program_rows))
     if tiles * splits < MINIMUM_PROGRAMS:
