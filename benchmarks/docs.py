@@ -75,14 +75,14 @@ def machine(results, file="tail"):
 
 
 def networks(results):
-    """README.md's: training and inference, plain and fused, in either layout."""
+    """README.md's: training and inference, plain and fused, in either layout; and torch.compile's, frozen."""
     models, inference = results("models")["rows"], results("inference")["rows"]
     kinds = [(models, "fused", *kind, "train_step") for kind in unique(models, "case", "shape") if "/" not in kind[0]]
     kinds += [(models, "fused", "resnet18", kind[1], "inference") for kind in unique(models, "case", "shape")[:1]]
     kinds += [
         (inference, "fused, inference", name, shape, "inference")
         for name, shape in unique(inference, "case", "shape")
-        if shape[0] == 8 and (name, shape[2]) in (("resnet18", 96), ("resnet50", 224))
+        if shape[2] == (96 if name == "resnet18" else 224) and (shape[0] == 1 or "resnet" in name)
     ]
     lines = []
     for rows, fused, name, shape, phase in kinds:
@@ -92,11 +92,14 @@ def networks(results):
             for provider in ("eager", fused)
             for layout in LAYOUTS
         ]
+        if phase == "inference":
+            cells.append(find(inference, **wanted, provider="torch.compile, freezing"))
         least = min(row["median_ms"] for row in cells if row)
-        times = [milliseconds(row) for row in cells]
+        times = [*map(milliseconds, cells), *[""] * (5 - len(cells))]
         times = [f"**{time}**" if time == digits(least) else time for time in times]
         lines.append([f"`{name}`, {phase.replace('train_step', 'training step')}, {images(shape)}", *times])
     titles = ["torchvision's network, images", "eager", "eager, channels_last", "ours", "ours, channels_last"]
+    titles.append("torch.compile, freezing")
     return [*table(titles, lines), "", "Milliseconds; float32, " + machine(results, "models")[0]]
 
 
