@@ -65,7 +65,7 @@ PROVIDERS = {  # by file, those that the generated pages' tables have columns fo
     "sizes": ("eager", "fused", "copy"),
     "models": ("eager", "torch.compile", "fused", "fused, memory_efficient"),
     "resnet18": ("eager", "torch.compile", "fused"),
-    "inference": ("eager", "torch.compile", "torch.compile, freezing", "fused", "fused, inference"),
+    "inference": ("eager", "torch.compile, freezing", "fused, inference"),
 }
 CASES = {  # by file: cases, shapes, phases
     "tail": (["batch_norm_add_relu"], [[32, 64, 24, 24]], ["forward", "backward", "forward+backward"]),
