@@ -196,6 +196,7 @@ def test_the_architectures_asked_for_are_kept(tmp_path):
 
 TORCH_2_10 = {
     "pybind11/pybind11.h": "#ifdef TORCH_TARGET_VERSION\n#error\n#endif\n",
+    "pybind11/stl.h": "#ifdef TORCH_TARGET_VERSION\n#error\n#endif\n",
     "torch/csrc/stable/library.h": "#define STABLE_TORCH_LIBRARY(ns, m) library #ns\n",
     "cuda_runtime_api.h": "",
 }
