@@ -479,7 +479,7 @@ class Packed:
     """A convolution's weight and bias, a batch norm's scale and shift in them, as oneDNN takes them fastest."""
 
     def __init__(self, layer, norm, input, geometry):
-        from ._C import Contents  # which is there where a layer is swapped: see _unavailable
+        from ._C import Contents  # which is there, where a layer has a layout: see _unavailable
 
         self.sources, self.eps, self.geometry = _sources(layer, norm), norm and norm.eps, geometry
         # Aliases, which keep their memory from being freed, and another tensor from being there.
