@@ -71,6 +71,7 @@ bench-all: setup
 	$(call measure,resnet18,resnet18-no-mallopt) --no-mallopt --providers fused
 	$(call drawn,models)
 	$(call drawn,inference) --sizes 96,224 --batch-sizes 1,8 --providers "torch.compile, freezing" "fused, inference"
+	$(call measure,inference,inference-bfloat16) --dtype bfloat16 --batch-sizes 1,8 --providers "torch.compile, freezing" "fused, inference"
 	$(call measure,shares)
 	$(call measure,memory)
 	$(call drawn,train)

@@ -176,19 +176,20 @@ def by_provider(results, file):
     return table(["network, images", "layout", *fused, "eager, 20 to 80 %"], lines)
 
 
-def inference(results):
-    rows = results("inference")["rows"]
+def inference(results, file="inference", dtype="float32"):
+    rows = results(file)["rows"]
     providers = [provider for (provider,) in unique(rows, "provider") if provider not in ("eager", "fused")]
     lines = []
     for name, shape in unique(rows, "case", "shape"):
-        of = {"case": name, "shape": list(shape), "dtype": "float32", "memory_format": "channels_last"}
+        of = {"case": name, "shape": list(shape), "dtype": dtype, "memory_format": "channels_last"}
         eager, *others = (find(rows, **of, provider=provider) for provider in ("eager", *providers))
         cells = [f"{milliseconds(row)} ({row['first_two_calls_ms']:,.0f})" if row else "not timed" for row in others]
         if (fused := find(rows, **of, provider="fused, inference")) and fused["median_ms"] > eager["median_ms"]:
             cells[providers.index("fused, inference")] += ", *slower*"
         spreads = [f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}" for row in (eager, fused) if row]
         lines.append([f"`{name}`, {images(shape)}", milliseconds(eager), *cells, ", ".join(spreads)])
-    return table(["network, images", "eager", *providers, "20 to 80 %: eager, fused"], lines)
+    lines = table(["network, images", "eager", *providers, "20 to 80 %: eager, fused"], lines)
+    return [*lines, "", f"Milliseconds; {dtype}, channels_last, {machine(results, file)[0]}"]
 
 
 def saved(results):
@@ -269,6 +270,7 @@ BLOCKS = {
     "shares": shares,
     "models": functools.partial(by_provider, file="models"),
     "inference": inference,
+    "inference-bfloat16": functools.partial(inference, file="inference-bfloat16", dtype="bfloat16"),
     "saved": saved,
     "memory": memory,
     "train": training,

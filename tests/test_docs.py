@@ -66,6 +66,7 @@ PROVIDERS = {  # by file, those that the generated pages' tables have columns fo
     "models": ("eager", "torch.compile", "fused", "fused, memory_efficient"),
     "resnet18": ("eager", "torch.compile", "fused"),
     "inference": ("eager", "torch.compile, freezing", "fused, inference"),
+    "inference-bfloat16": ("eager", "torch.compile, freezing", "fused, inference"),
 }
 CASES = {  # by file: cases, shapes, phases
     "tail": (["batch_norm_add_relu"], [[32, 64, 24, 24]], ["forward", "backward", "forward+backward"]),
@@ -77,9 +78,11 @@ CASES = {  # by file: cases, shapes, phases
     "resnet18-bfloat16": (["resnet18"], [[32, 1, 96, 96]], ["train_step", "inference"]),
     "models": (["resnet18", "resnet50"], [[32, 3, 96, 96]], ["train_step", "inference"]),
     "inference": (["resnet18", "resnet50"], [[8, 3, 96, 96], [8, 3, 224, 224]], ["inference"]),
+    "inference-bfloat16": (["resnet18"], [[8, 3, 96, 96]], ["inference"]),
     "train": (["digits"], [[32, 1, 96, 96]], ["train_step"]),
     "sync": (["resnet18"], [[32, 3, 96, 96]], ["train_step"]),
 }
+DTYPES = {"tail": ["float32", "bfloat16"], "inference-bfloat16": ["bfloat16"]}
 MILLISECONDS = {"eager": 300.0, "fused": 200.0, "fused, inference": 150.0}
 
 
@@ -90,14 +93,14 @@ def _results(file):
     rows = []
     if file in CASES:
         for case, shape, phase, provider, layout, dtype, threads in itertools.product(
-            *CASES[file], providers, layouts, ["float32", "bfloat16"] if file == "tail" else ["float32"], [1, 2]
+            *CASES[file], providers, layouts, DTYPES.get(file, ["float32"]), [1, 2]
         ):
             of = {"case": case, "shape": shape, "phase": phase, "provider": provider, "memory_format": layout}
             ms = MILLISECONDS.get(provider, 250.0) + (layout == "channels_last")
             times = {"median_ms": ms, "p20_ms": ms - 9, "p80_ms": ms + 9, "ratio_to_eager": 300 / ms}
             rows += [of | times | {"dtype": dtype, "threads": threads, "first_two_calls_ms": 1234.5}]
     rows = rows if file in ("tail", "sizes") else [row for row in rows if row["threads"] == 2]
-    if file == "inference":
+    if file.startswith("inference"):
         rows = [row for row in rows if row["provider"] == "eager" or row["memory_format"] == "channels_last"]
     kinds = [{"memory_format": layout, "provider": p} for layout in layouts for p in providers]
     return {
