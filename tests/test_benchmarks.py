@@ -221,7 +221,7 @@ def test_the_benchmarks_take_the_options_of_the_makefile(monkeypatch):
     monkeypatch.setattr("benchmarks.harness.session", measures)
     printed = subprocess.run(["make", "-n", "bench", "bench-all"], cwd=ROOT, capture_output=True, text=True, check=True)
     runs = re.findall(r"-m benchmarks\.(\w+) (.*)", printed.stdout)
-    assert len(runs) == 18
+    assert len(runs) == 19
     for name, options in runs:
         with pytest.raises(Measures):
             importlib.import_module(f"benchmarks.{name}").main(shlex.split(options))

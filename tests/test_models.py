@@ -156,7 +156,8 @@ def train(model, steps=3):
 
 
 def assert_close(actual, expected, name):
-    tolerance = 1e-10 * max(expected.abs().max().item(), 1e-6)
+    # At least 1e-15: where the next batch norm cancels a bias, its gradient is float64's rounding alone, up to 1e-16.
+    tolerance = 1e-10 * max(expected.abs().max().item(), 1e-5)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
 
 
