@@ -372,8 +372,15 @@ struct Pair {
   vector_t<T> first, second;
 };
 
-// Two sums of each column of a chunk, of the pairs that f(element, byte of the mask, Whole or Part, of_column) gives. Of
-// rows of kVectors all are taken at once, in the order of memory: in channels_last a fifth less time than by kRows.
+// The plan by which columns are summed: a row of a run is kVectors.
+template <typename T>
+Plan of_vectors(Plan plan) {
+  if (plan.runs) plan.row_inner = kVectors * kLanes<T>;
+  return plan;
+}
+
+// Two sums of each column of a chunk, of the pairs that f(element, byte of the mask, Whole or Part, of_column) gives.
+// Of rows of kVectors all are taken at once, in the order of memory: in channels_last a fifth less time than by kRows.
 template <typename T, typename F>
 ALWAYS_INLINE void sum_columns(const Plan& plan, int64_t block, const Plan::Chunk& chunk, const Columns<T>& of_columns,
                                Columns<T>& first, Columns<T>& second, F f) {
@@ -431,9 +438,8 @@ void moments_of_chunk(const Plan& plan, int64_t block, const Plan::Chunk& chunk,
   const int64_t sampled = (sample.outer_end - sample.outer_begin + plan.row_outer - 1) / plan.row_outer;
   if (plan.runs) sample.inner_end = chunk.inner_begin + part(chunk.run(), plan.row_inner);
   const acc_t<T> share = 1 / static_cast<acc_t<T>>(sampled * ((sample.run() + plan.row_inner - 1) / plan.row_inner));
-  const auto shares = [=](int64_t at, int64_t, auto extent, vector_t<T>) INLINED {
-    return Pair<T>{load(x + at, extent) * share, {}};
-  };
+  const auto shares = [=](int64_t at, int64_t, auto extent, vector_t<T>)
+                          INLINED { return Pair<T>{load(x + at, extent) * share, {}}; };
   sum_columns<T>(plan, block, sample, origins, origins, sums, shares);
   for (int64_t j = 0; j < plan.width(block); j += kLanes<T>) {  // an infinite origin would turn infinities into NaNs
     const vector_t<T> origin = origins.at(j);
@@ -482,7 +488,8 @@ void moments_of_chunk(const Plan& plan, int64_t block, const Plan::Chunk& chunk,
 }
 
 template <typename T>
-void moments(const Plan& plan, Work work, const void* input, Moments* partial) {
+void moments(const Plan& of_tensor, Work work, const void* input, Moments* partial) {
+  const Plan plan = of_vectors<T>(of_tensor);
   const T* x = static_cast<const T*>(input);
   for (int64_t index = work.chunk_begin; index < work.chunk_end; ++index) {
     moments_of_chunk(plan, work.block, plan.chunk(index), x, partial + index * plan.channels);
@@ -546,8 +553,9 @@ ALWAYS_INLINE vector_t<T> masked(const Gradient& gradient, int64_t at, int64_t m
 }
 
 template <typename T>
-void gradient_sums(const Plan& plan, Work work, const Coefficients& coefficients, const Gradient& gradient,
+void gradient_sums(const Plan& of_tensor, Work work, const Coefficients& coefficients, const Gradient& gradient,
                    const void* input, Sums* partial) {
+  const Plan plan = of_vectors<T>(of_tensor);
   const T* x = static_cast<const T*>(input);
   Columns<T> means, sums, dots;
   means.fill(plan, work.block, coefficients.mean);
