@@ -387,25 +387,24 @@ ALWAYS_INLINE void sum_columns(const Plan& plan, int64_t block, const Plan::Chun
   constexpr int64_t lanes = kLanes<T>;
   first.clear(plan.width(block)), second.clear(plan.width(block));
   for_each_slab(plan, block, chunk, [&](Place row, int64_t rows, int64_t width) INLINED {
-    const auto add = [&](auto n, int64_t j, int64_t count, auto extent) INLINED {
-      vector_t<T> of_column[n.value], firsts[n.value]{}, seconds[n.value]{};
-      for (int i = 0; i < n.value; ++i) of_column[i] = of_columns.at(j + i * lanes);
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t at = row.at + k * row.stride + j, mask = row.mask + k * row.mask_stride + j / 8;
-        for (int i = 0; i < n.value; ++i) {
-          const Pair<T> pair = f(at + i * lanes, mask + i * lanes / 8, extent, of_column[i]);
-          firsts[i] += pair.first, seconds[i] += pair.second;
-        }
-      }
-      for (int i = 0; i < n.value; ++i) first.at(j + i * lanes) += firsts[i], second.at(j + i * lanes) += seconds[i];
-    };
+    const int64_t stride = row.stride, mask_stride = row.mask_stride;
     const int64_t at_a_time = width == kVectors * lanes ? rows : kRows;
-    for (; rows > 0; rows -= at_a_time, row.at += at_a_time * row.stride, row.mask += at_a_time * row.mask_stride) {
+    row.columns = 1;  // of a run, too, whose columns are summed apart
+    for (; rows > 0; rows -= at_a_time, row.at += at_a_time * stride, row.mask += at_a_time * mask_stride) {
       const int64_t count = rows < at_a_time ? rows : at_a_time;
-      int64_t j = 0;
-      for (; j + kVectors * lanes <= width; j += kVectors * lanes) add(Number<kVectors>{}, j, count, Whole<lanes>{});
-      for (; j + lanes <= width; j += lanes) add(Number<1>{}, j, count, Whole<lanes>{});
-      if (j < width) add(Number<1>{}, j, count, Part{width - j});
+      for_each_of_row<lanes>(row, width, [&](auto n, Place place, auto extent) INLINED {
+        vector_t<T> of_column[n.value], firsts[n.value]{}, seconds[n.value]{};
+        for (int i = 0; i < n.value; ++i) of_column[i] = of_columns.at(place.column_of(i));
+        for (int64_t k = 0; k < count; ++k, place.at += stride, place.mask += mask_stride) {
+          for (int i = 0; i < n.value; ++i) {
+            const Pair<T> pair = f(place.element(i), place.byte(i), extent, of_column[i]);
+            firsts[i] += pair.first, seconds[i] += pair.second;
+          }
+        }
+        for (int i = 0; i < n.value; ++i) {
+          first.at(place.column_of(i)) += firsts[i], second.at(place.column_of(i)) += seconds[i];
+        }
+      });
     }
   });
 }

@@ -16,7 +16,7 @@ namespace resnet_fused {
 
 constexpr int64_t kMaxWidth = 1152;  // columns, whose coefficients stay in half an L1 cache: 2 * 24 * 24, 32 * 6 * 6
 constexpr int64_t kMinWidth = 64;    // less, and several outer entries make a row
-constexpr int64_t kRunWidth = 64;    // of a part of a run, at most; summed by the four vectors that registers hold
+constexpr int64_t kRunWidth = 64;    // of a part of a run, at most: sums take four vectors, which registers hold
 constexpr int64_t kChunks = 64;      // enough to share among threads
 constexpr int64_t kMinChunk = 64;    // rows; with 32, adding up chunks took a third of the moments of 32x512x3x3
 constexpr int64_t kMaxChunk = 256;   // rows: their sums are kept in the accumulation type
