@@ -1,8 +1,8 @@
 """Writes the tables of README.md and docs/ from what was measured: ``python -m benchmarks.docs RESULTS``.
 
 RESULTS is the folder of JSON files of ``make bench-all``. A table, with the line that tells its conditions, stands
-between ``<!-- NAME -->`` and ``<!-- end -->``; one whose file is not there stays as it is, and is named. ``<!-- NAME,
-typed -->`` begins what no run has written yet.
+between ``<!-- NAME -->`` and ``<!-- end -->``; one whose file is not there stays as it is, and is named. What begins
+with ``<!-- NAME: MACHINE -->`` is of another machine, and written with ``--machine MACHINE``, which writes no other.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from . import harness, tail
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/distributed.md")
-BLOCK = re.compile(r"<!-- ([\w-]+)(, typed)? -->\n(.*?)<!-- end -->\n", re.DOTALL)
+BLOCK = re.compile(r"<!-- ([\w-]+)(?:: ([\w ]+))? -->\n(.*?)<!-- end -->\n", re.DOTALL)
 LAYOUTS = tuple(harness.MEMORY_FORMATS)
 
 
@@ -173,7 +173,8 @@ def by_provider(results, file):
         conditions = [phase.replace("_", " "), images(shape), *([dtype] if dtype != "float32" else [])]
         lines.append([f"`{name}`, {', '.join(conditions)}", layout, *cells, spread])
     fused = ["eager / fused" if provider == "fused" else provider for provider in providers]
-    return table(["network, images", "layout", *fused, "eager, 20 to 80 %"], lines)
+    lines = table(["network, images", "layout", *fused, "eager, 20 to 80 %"], lines)
+    return [*lines, "", f"Milliseconds; {machine(results, file)[0]}"]
 
 
 def inference(results, file="inference", dtype="float32"):
@@ -279,19 +280,23 @@ BLOCKS = {
 }
 
 
-def rewritten(text, results):
-    """The page with its blocks written anew; and the names of those whose files are not there."""
-    missing = []
+def rewritten(text, results, machine=""):
+    """The page with the machine's blocks written anew; how many; and the names of those whose files are not there."""
+    written, missing = [], []
 
     def block(match):
-        try:
-            lines = BLOCKS[match[1]](results)
-        except FileNotFoundError as error:
-            missing.append(f"{match[1]}: there is no {error.filename}")
+        name, of, _ = match.groups(default="")
+        if of != machine:
             return match[0]
-        return "\n".join([f"<!-- {match[1]} -->", *lines, "<!-- end -->", ""])
+        try:
+            lines = BLOCKS[name](results)
+        except FileNotFoundError as error:
+            missing.append(f"{name}: there is no {error.filename}")
+            return match[0]
+        written.append(name)
+        return "\n".join([match[0].partition("\n")[0], *lines, "<!-- end -->", ""])
 
-    return BLOCK.sub(block, text), missing
+    return BLOCK.sub(block, text), len(written), missing
 
 
 def reader(folder):
@@ -303,11 +308,13 @@ def main(argv=None, pages=PAGES):
         prog="python -m benchmarks.docs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, metavar="RESULTS", help="the folder: benchmarks/results/all")
-    results = reader(parser.parse_args(argv).results)
+    parser.add_argument("--machine", default="", help="the name of another machine, whose tables are to be written")
+    args = parser.parse_args(argv)
+    results = reader(args.results)
     for page in pages:
-        text, missing = rewritten(page.read_text(encoding="utf-8"), results)
+        text, written, missing = rewritten(page.read_text(encoding="utf-8"), results, args.machine)
         page.write_text(text, encoding="utf-8")
-        print(f"{page.name}: {len(BLOCK.findall(text)) - len(missing)} tables written", *missing, sep="\n    ")
+        print(f"{page.name}: {written} tables written", *missing, sep="\n    ")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -131,6 +132,7 @@ def main(argv=None):
     harness.add_models(parser, "resnet18,resnet50,mobilenet_v3_large,timm/efficientnet_b0")
     args = parser.parse_args(argv)
     rows = []
+    warnings.filterwarnings("ignore", "dynamo_pgo force disabled")  # torch's word of what is patched here
     with harness.session(args) as machine, torch._inductor.config.patch(force_disable_caches=True):
         cases = [
             (name, (batch, 3, size, size), dtype)
