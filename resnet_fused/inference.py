@@ -37,10 +37,10 @@ from .deferred import (
 _ops, _without_data = torch.ops.mkldnn, Tensor._make_wrapper_subclass
 _TENSORS = (Tensor, nn.Parameter)
 NORMALIZED, ADDED = "batch norm", "add"
-# In multiplications, of which a core does some 2^16 a us. Below, what the host does for a layer that is put off, 50 us
-# in a network, takes longer than it saves: of each output a batch norm's and an activation's passes over memory, and of
-# each value of the weight the packing, which the plain layer does at each call.
-LEAST_WORK = 2**25
+# In multiplications, of which a core does some 2^16 a us. Below, what the host does for a layer that is put off, 50 to
+# 100 us in a network, takes longer than it saves: of each output a batch norm's and an activation's passes over memory,
+# and of each value of the weight the packing, which the plain layer does at each call.
+LEAST_WORK = 2**24
 WORK_OF_OUTPUT, WORK_OF_PACKING = 64, 32
 TOO_LITTLE_WORK = "too little work"
 
