@@ -89,6 +89,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(wildcard tests/c*_*/*.[ch]*)
 	$(BIN)/mypy
+	$(BIN)/python -m tests.mutate --check
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -33,6 +33,7 @@ class Fault(NamedTuple):
 SELECTED = {"test": "not slow and not expensive", "test-all": "not slow"}  # by the Makefile's commands
 
 KERNELS = "csrc/cpu/kernels_impl.h"
+VECTORS = "csrc/cpu/vectors_impl.h"
 ARGUMENTS = "csrc/arguments.h"
 GLUE = "csrc/cpu/batch_norm_add_relu.cpp"
 PLAN = "csrc/cpu/plan.h"
@@ -70,11 +71,11 @@ FAULTS = [
     Fault("mask blocks NaN", KERNELS, "passed(value, Traits<T>::kVanishing)", "passed(value == value ? value : V{}, Traits<T>::kVanishing)", "edges"),
     Fault("mask multiplies", KERNELS, "return select(load_bits(gradient.mask + mask, extent), load(grad_output + at, extent));", "return load(grad_output + at, extent) * select(load_bits(gradient.mask + mask, extent), vector_t<T>{} + 1);", "edges"),
     Fault("mask not of y as stored", KERNELS, "passed(value, Traits<T>::kVanishing)", "passed(value, acc_t<T>{0})", "edges"),
-    Fault("bfloat16 rounds ties away", KERNELS, "0x7fffu + (bits >> 16 & 1u)", "0x8000u", "edges"),
-    Fault("float16 overflows early", KERNELS, "0x477ff000u", "0x477fe000u", "properties"),
-    Fault("float16 subnormals", KERNELS, "magnitude < 0x38800000u", "magnitude < 0x38000000u", "properties"),
-    Fault("float16 infinity read as number", KERNELS, "magnitude >= 0x0f800000u", "magnitude > 0x0f800000u", "properties"),
-    Fault("float16 subnormals flushed", KERNELS, "(words)((vector)((half & 0x3ffu) | 0x3f000000u) - 0.5f)", "(words)((vector)magnitude * 0x1p112f)", "properties"),
+    Fault("bfloat16 rounds ties away", VECTORS, "0x7fffu + (bits >> 16 & 1u)", "0x8000u", "edges"),
+    Fault("float16 overflows early", VECTORS, "0x477ff000u", "0x477fe000u", "properties"),
+    Fault("float16 subnormals", VECTORS, "magnitude < 0x38800000u", "magnitude < 0x38000000u", "properties"),
+    Fault("float16 infinity read as number", VECTORS, "magnitude >= 0x0f800000u", "magnitude > 0x0f800000u", "properties"),
+    Fault("float16 subnormals flushed", VECTORS, "(words)((vector)((half & 0x3ffu) | 0x3f000000u) - 0.5f)", "(words)((vector)magnitude * 0x1p112f)", "properties"),
     Fault("infinite origin", KERNELS, "origin - origin == 0 ? origin : vector_t<T>{}", "origin", "edges"),
     Fault("raw second moments", KERNELS, "Pair<T>{load(x + at, extent) * share, {}}", "Pair<T>{}", "edges"),
     Fault("last row dropped", KERNELS, "rows < at_a_time ? rows : at_a_time;", "rows < at_a_time ? rows - 1 : at_a_time;"),
@@ -85,8 +86,8 @@ FAULTS = [
     Fault("sums by the mask of the first of several rows", KERNELS, "place.at += stride, place.mask += mask_stride", "place.at += stride"),
     Fault("sums by the mask of the first vector of several", KERNELS, "f(place.element(i), place.byte(i), extent,", "f(place.element(i), place.mask, extent,"),
     Fault("sums of all columns about the first vector's", KERNELS, "of_column[i] = of_columns.at(place.column_of(i))", "of_column[i] = of_columns.at(place.column)"),
-    Fault("lanes past the end summed", KERNELS, "for (int64_t i = part.count; i < static_cast<int64_t>(sizeof(V) / sizeof(value[0])); ++i) value[i] = 0;", ""),
-    Fault("unaligned address streamed", KERNELS, "if (address % 16 == 0) {", "if (true) {"),
+    Fault("lanes past the end summed", VECTORS, "for (int64_t i = part.count; i < static_cast<int64_t>(sizeof(V) / sizeof(value[0])); ++i) value[i] = 0;", ""),
+    Fault("unaligned address streamed", VECTORS, "if (address % 16 == 0) {", "if (true) {"),
     Fault("mask of the first vector of several", KERNELS, " << (i * kLanes<T>)", ""),
     Fault("columns' origins not joined", KERNELS, "sums[j] = sum + count * by;", "sums[j] = sum;"),
     Fault("columns of a narrow row counted alike", KERNELS, "outer * (rows + 1)", "outer * rows"),
@@ -508,7 +509,7 @@ FAULTS = [
     Fault("bench: a busy machine is not told", "benchmarks/harness.py", "> MOST_BUSY_PERCENT:", "> 100:", "benchmarks"),
     Fault("bench: the profiler talks", "benchmarks/__init__.py", '"KINETO_LOG_LEVEL", "6"', '"KINETO_LOG_LEVEL", "5"', "benchmarks"),
     Fault("docs: the ratio upside down", "benchmarks/docs.py", 'eager["median_ms"] / row["median_ms"]', 'row["median_ms"] / eager["median_ms"]', "docs"),
-    Fault("docs: a table without results goes", "benchmarks/docs.py", "            return match[0]", '            return ""', "docs"),
+    Fault("docs: a table without results goes", "benchmarks/docs.py", 'error.filename}")\n            return match[0]', 'error.filename}")\n            return ""', "docs"),
     Fault("a chunk computed by two threads", GLUE, "f(Work{block, first, last});", "f(Work{block, 0, last});", "sanitisers", "test-all"),
     Fault("scratch memory an element short", GLUE, "new T[size]", "new T[size - 1]", "sanitisers", "test-all"),
 ]  # fmt: skip
@@ -546,8 +547,6 @@ def _failure_caused_by(fault, copy):
     """Plant the fault, run the suite, take the fault out again."""
     file = copy / fault.file
     original = file.read_text()
-    if original.count(fault.find) != 1:
-        sys.exit(f"{fault.name}: {fault.find!r} occurs {original.count(fault.find)} times in {fault.file}, not once")
     try:
         file.write_text(original.replace(fault.find, fault.replace))
         _build(copy)
@@ -561,7 +560,14 @@ def _failure_caused_by(fault, copy):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults to plant, all by default")
-    names = parser.parse_args().names
+    parser.add_argument("--check", action="store_true", help="only whether each could be planted")
+    options = parser.parse_args()
+    names = options.names
+    for fault in FAULTS:
+        if (count := (ROOT / fault.file).read_text().count(fault.find)) != 1:
+            sys.exit(f"{fault.name}: {fault.find!r} occurs {count} times in {fault.file}, not once")
+    if options.check:
+        return
     if unknown := set(names) - {fault.name for fault in FAULTS}:
         sys.exit(f"no such faults: {', '.join(sorted(unknown))}")
     faults = [fault for fault in FAULTS if not names or fault.name in names]
