@@ -57,7 +57,7 @@ bench: setup
 	$(call drawn,tail) --dtype float32 --rounds 5 --seconds 0.2
 	$(call drawn,block) --rounds 5 --seconds 0.3
 	$(call drawn,resnet18) --providers fused
-	$(call drawn,inference) --models resnet18,resnet50 --sizes 224 --batch-sizes 1,8 --providers "fused, inference"
+	$(call drawn,inference) --sizes 224 --batch-sizes 1,8 --providers "fused, inference" --rounds 5
 	$(call drawn,train) --epochs 1
 	@echo; ls $(RESULTS)/*.png
 
@@ -70,7 +70,7 @@ bench-all: setup
 	$(call measure,resnet18,resnet18-bfloat16) --dtype bfloat16 --providers fused --rounds 2 --seconds 0.2
 	$(call measure,resnet18,resnet18-no-mallopt) --no-mallopt --providers fused
 	$(call drawn,models)
-	$(call drawn,inference) --sizes 96,224 --batch-sizes 1,8 --providers "torch.compile, freezing" "fused, inference"
+	$(call drawn,inference) --providers "torch.compile, freezing" "fused, inference"
 	$(call measure,inference,inference-bfloat16) --dtype bfloat16 --batch-sizes 1,8 --providers "torch.compile, freezing" "fused, inference"
 	$(call measure,shares)
 	$(call measure,memory)

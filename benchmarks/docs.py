@@ -78,7 +78,6 @@ def networks(results):
     """README.md's: training and inference, plain and fused, in either layout; and torch.compile's, frozen."""
     models, inference = results("models")["rows"], results("inference")["rows"]
     kinds = [(models, "fused", *kind, "train_step") for kind in unique(models, "case", "shape") if "/" not in kind[0]]
-    kinds += [(models, "fused", "resnet18", kind[1], "inference") for kind in unique(models, "case", "shape")[:1]]
     kinds += [
         (inference, "fused, inference", name, shape, "inference")
         for name, shape in unique(inference, "case", "shape")
@@ -93,14 +92,15 @@ def networks(results):
             for layout in LAYOUTS
         ]
         if phase == "inference":
-            cells.append(find(inference, **wanted, provider="torch.compile, freezing"))
+            cells.append(find(rows, **wanted, provider="torch.compile, freezing"))
         least = min(row["median_ms"] for row in cells if row)
         times = [*map(milliseconds, cells), *[""] * (5 - len(cells))]
         times = [f"**{time}**" if time == digits(least) else time for time in times]
         lines.append([f"`{name}`, {phase.replace('train_step', 'training step')}, {images(shape)}", *times])
     titles = ["torchvision's network, images", "eager", "eager, channels_last", "ours", "ours, channels_last"]
     titles.append("torch.compile, freezing")
-    return [*table(titles, lines), "", "Milliseconds; float32, " + machine(results, "models")[0]]
+    ours = "Milliseconds; ours is `fuse(net)`, in inference `fuse(net, inference=True)`; float32, "
+    return [*table(titles, lines), "", ours + machine(results, "models")[0]]
 
 
 def tails(results, dtype):

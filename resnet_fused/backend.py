@@ -74,15 +74,15 @@ def register(
 
 def _register_cpu() -> None:
     unavailable, detail = None, ""
+    build = "build it with `pip install .`, or, in a checkout, `pip install -e . --no-build-isolation`"
     try:
-        from . import _C  # loading it registers torch.ops.resnet_fused
+        from ._C import cpu_capability  # loading it registers torch.ops.resnet_fused
 
-        detail = f"C++, instruction set {_C.cpu_capability()} (RESNET_FUSED_CPU_CAPABILITY forces another)"
+        detail = f"C++, instruction set {cpu_capability()} (RESNET_FUSED_CPU_CAPABILITY forces another)"
+    except ModuleNotFoundError:
+        unavailable = f"the C++ extension resnet_fused._C was not built; {build}"
     except ImportError as error:
-        unavailable = (
-            f"the C++ extension resnet_fused._C does not load ({error}); build it with `pip install .`, or, in a "
-            "checkout, `pip install -e . --no-build-isolation`"
-        )
+        unavailable = f"the C++ extension resnet_fused._C does not load ({error}); {build}"
     register("cpu", "resnet_fused", ("cpu",), unavailable, detail=detail)
 
 

@@ -482,6 +482,7 @@ FAULTS = [
     Fault("a container's memory limit disregarded", "setup.py", ", *memory_limits(root)]", "]", "build"),
     Fault("the limit of an outer control group disregarded", "setup.py", "(folder, *folder.parents)", "(folder,)", "build"),
     Fault("cores that the process may not use counted", "setup.py", "len(os.sched_getaffinity(0))", "os.cpu_count()", "build"),
+    Fault("an editable install that a folder hides", "pyproject.toml", 'package-dir = { "" = "." }', "", "build"),
     Fault("Triton: strides of an ambiguous layout", "resnet_fused/ops.py", "input.is_contiguous() else suggest_memory_format(input)", "True else None", "edges"),
     Fault("a frozen batch norm's input kept", AUTOGRAD, "        if not training and not needs_weight:\n", "        if False:\n", "gradients"),
     Fault("a frozen batch norm's gradient in another layout", AUTOGRAD, "grad_output.contiguous(memory_format=ctx.memory_format)", "grad_output.contiguous()", "gradients"),

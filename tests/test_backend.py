@@ -236,7 +236,7 @@ def test_without_the_extension_it_imports_and_says_why():
     )
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert "not available: the C++ extension resnet_fused._C does not load" in done.stdout
+    assert "not available: the C++ extension resnet_fused._C was not built" in done.stdout
     assert "pip install" in done.stdout
 
 

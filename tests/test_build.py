@@ -277,8 +277,6 @@ def test_a_source_distribution_made_without_cuda_holds_its_sources():
 # ---- RESNET_FUSED_NO_EXTENSION=1 ----
 
 PURE = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]  # it would lend its extension
 import torch, resnet_fused
 from resnet_fused import __main__, functional, use_backend
 print(__main__.report())
@@ -289,27 +287,43 @@ with use_backend("eager"):
     torch.testing.assert_close(triton, functional.batch_norm_relu(x, None, None, training=True))
 print(resnet_fused.backend.select("cuda").name)
 """
+NO_EXTENSION = {**os.environ, "RESNET_FUSED_NO_EXTENSION": "1", "CXX": "no-such-compiler"}
 
 
-def test_without_an_extension_triton_and_eager_work_and_it_says_so(tmp_path):
-    tree, wheels, target = tmp_path / "tree", tmp_path / "wheels", tmp_path / "target"
-    shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "results"))
-    environment = {**os.environ, "RESNET_FUSED_NO_EXTENSION": "1", "CXX": "no-such-compiler"}
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy, in a folder of the package's name, as git clone makes it."""
+    ignored = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "results")
+    return shutil.copytree(ROOT, tmp_path / "resnet_fused", ignore=ignored)
+
+
+def _output(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_an_extension_triton_and_eager_work_and_it_says_so(checkout, tmp_path):
+    wheels, target = tmp_path / "wheels", tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-
-    def run(*command, **options):
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, tree, env=environment)
+    _output(*pip, "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, checkout, env=NO_EXTENSION)
     (wheel,) = wheels.iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
-    run(*pip, "install", "--no-deps", "--target", target, wheel)
+    _output(*pip, "install", "--no-deps", "--target", target, wheel)
     environment = {**os.environ, "PYTHONPATH": str(target), "TRITON_INTERPRET": "1"}
-    output = run(sys.executable, "-c", PURE, env=environment, cwd=tmp_path)
-    assert "cpu    not available: the C++ extension resnet_fused._C does not load" in output
+    output = _output(sys.executable, "-c", PURE, env=environment, cwd=tmp_path)
+    assert "cpu    not available: the C++ extension resnet_fused._C was not built; build it" in output
     assert "triton Triton" in output and output.endswith("\ntriton\n")
+
+
+def test_an_editable_install_is_found_beside_the_checkout(checkout, tmp_path):
+    """Which has no ``__init__.py``, and would be found first, as a namespace, but for an install by a path."""
+    build = f"from setuptools.build_meta import build_editable; print(build_editable({str(tmp_path)!r}))"
+    *_, wheel = _output(sys.executable, "-c", build, env=NO_EXTENSION, cwd=checkout).split()
+    site = tmp_path / "site"
+    shutil.unpack_archive(tmp_path / wheel, site, "zip")
+    find = f"import importlib.util, site; site.addsitedir({str(site)!r}); print(importlib.util.find_spec('resnet_fused'))"
+    assert str(checkout / "resnet_fused/__init__.py") in _output(sys.executable, "-S", "-c", find, cwd=tmp_path)
 
 
 def test_another_value_of_no_extension_is_refused():
