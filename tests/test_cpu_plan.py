@@ -1,5 +1,6 @@
-"""How evenly the CPU's plan shares work: on paper, for more threads than there are here."""
+"""How evenly the CPU's plan shares work, for more threads than there are here, and what it streams: on paper."""
 
+import json
 import subprocess
 
 import pytest
@@ -27,7 +28,9 @@ int main(int, char** arguments) {
     }
     busiest = std::max(busiest, elements), all += elements;
   }
-  std::printf("%lld %f", static_cast<long long>(all), static_cast<double>(busiest * threads) / all);
+  const int64_t row = plan.runs ? 0 : plan.width(0), next_row = plan.runs ? 0 : channels * inner * plan.row_outer;
+  std::printf("[%lld, %f, %d, %lld, %lld]", static_cast<long long>(all), static_cast<double>(busiest * threads) / all,
+              plan.streams, static_cast<long long>(row), static_cast<long long>(next_row));
 }
 """
 
@@ -36,7 +39,7 @@ SHAPES = [(64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28), (256,
 
 
 @pytest.fixture(scope="module")
-def busiest(tmp_path_factory, request):
+def plan(tmp_path_factory, request):
     program = tmp_path_factory.mktemp("plan") / "plan"
     source = program.with_suffix(".cpp")
     source.write_text(PROGRAM)
@@ -45,16 +48,26 @@ def busiest(tmp_path_factory, request):
 
     def call(*arguments):
         output = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
-        return int(output.split()[0]), float(output.split()[1])
+        return json.loads(output)
 
     return call
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8, 16, 32, 64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_the_busiest_thread_does_little_more_than_the_mean(busiest, layout, threads):
+def test_the_busiest_thread_does_little_more_than_the_mean(plan, layout, threads):
     for channels, height in [*SHAPES, (512, 7), (2048, 7)] if threads <= 32 else SHAPES:
         outer, inner = (32, height**2) if layout == "contiguous" else (32 * height**2, 1)
-        elements, ratio = busiest(outer, channels, inner, 4, threads)
+        elements, ratio, *_ = plan(outer, channels, inner, 4, threads)
         assert elements == 32 * channels * height**2
         assert ratio <= 1.15, (channels, height)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(("channels", "streams"), [(64, True), (72, True), (100, True), (104, True), (888, False)])
+def test_no_line_that_two_rows_share_is_streamed(plan, channels, streams, size):
+    """Of channels_last tensors of 16 MiB and more: several pixels make a row of whole lines, where they fit."""
+    *_, streamed, row, next_row = plan(-(-(2**24) // (channels * size)), channels, 1, size, 2)
+    is_whole = row * size % 64 == 0 and next_row * size % 64 == 0
+    assert streamed == is_whole
+    assert is_whole == (streams or size == 8)  # 888 of 8 bytes are 111 lines
