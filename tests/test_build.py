@@ -322,8 +322,9 @@ def test_an_editable_install_is_found_beside_the_checkout(checkout, tmp_path):
     *_, wheel = _output(sys.executable, "-c", build, env=NO_EXTENSION, cwd=checkout).split()
     site = tmp_path / "site"
     shutil.unpack_archive(tmp_path / wheel, site, "zip")
-    find = f"import importlib.util, site; site.addsitedir({str(site)!r}); print(importlib.util.find_spec('resnet_fused'))"
-    assert str(checkout / "resnet_fused/__init__.py") in _output(sys.executable, "-S", "-c", find, cwd=tmp_path)
+    add, find = f"site.addsitedir({str(site)!r})", "importlib.util.find_spec('resnet_fused')"
+    code = f"import importlib.util, site; {add}; print({find})"
+    assert str(checkout / "resnet_fused/__init__.py") in _output(sys.executable, "-S", "-c", code, cwd=tmp_path)
 
 
 def test_another_value_of_no_extension_is_refused():
