@@ -57,7 +57,7 @@ bench: setup
 	$(call drawn,tail) --dtype float32 --rounds 5 --seconds 0.2
 	$(call drawn,block) --rounds 5 --seconds 0.3
 	$(call drawn,resnet18) --providers fused
-	$(call drawn,inference) --sizes 224 --batch-sizes 1,8 --providers "fused, inference" --rounds 5
+	$(call drawn,inference) --sizes 224 --batch-sizes 1,8 --providers "fused, inference" --rounds 3 --seconds 0.3
 	$(call drawn,train) --epochs 1
 	@echo; ls $(RESULTS)/*.png
 
