@@ -87,8 +87,7 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
   Plan plan{};
   plan.outer = outer, plan.channels = channels, plan.inner = inner;
   plan.row_outer = 1, plan.row_inner = inner, plan.chunk_inner = inner;
-  const int64_t line = 64 / element_size, entry = channels * inner;
-  const int64_t bytes = whole(inner, 8);  // channels whose bits are whole bytes of the mask
+  const int64_t bytes = whole(inner, 8), entry = channels * inner;  // channels whose bits are whole bytes of the mask
   plan.runs = inner * bytes > kMaxWidth;
   int64_t rows = outer;
   if (plan.runs) {
@@ -97,8 +96,8 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
     rows = outer * ceil_div(inner, kMinWidth);
   } else if (entry <= kMaxWidth) {
     plan.group = channels;
-    // Of several entries where these then are whole lines of a cache, or at least whole bytes of the mask.
-    for (int64_t multiple = line; multiple >= 8 && plan.row_outer == 1; multiple /= 2) {
+    // Of several entries where these then are whole vectors, or at least whole bytes of the mask.
+    for (int64_t multiple = 16; multiple >= 8 && plan.row_outer == 1; multiple /= 2) {
       const int64_t several = round_up(ceil_div(kMinWidth, entry), whole(entry, multiple));
       if (several * entry <= kMaxWidth) plan.row_outer = at_most(several, outer);
     }
@@ -109,9 +108,10 @@ inline Plan make_plan(int64_t outer, int64_t channels, int64_t inner, int64_t el
     const int64_t blocks = round_up(ceil_div(entry, kMaxWidth), threads);
     plan.group = at_most(round_up(ceil_div(channels, blocks), multiple), kMaxWidth / inner / multiple * multiple);
   }
-  // Not a line that two rows share: written past the caches in parts 14x104x52x58 took twice as long as by eager.
+  // Whole vectors alone: where the rest of a row was stored beside streams in one line, 14x104x52x58 took twice as long
+  // as by eager.
   plan.streams = outer * entry * element_size >= kCacheBytes &&
-                 (plan.runs || (plan.width(0) % line == 0 && entry * plan.row_outer % line == 0));
+                 (plan.runs || (plan.width(0) % 16 == 0 && entry * plan.row_outer % 16 == 0));
   // Many: a multiple of 64, few: of four, for threads to share evenly. Of 5 one of two threads would wait for a third.
   const bool many = rows >= kChunks * kMinChunk;
   const int64_t chunks = many ? round_up(ceil_div(rows, kMaxChunk), kChunks) : round_up(ceil_div(rows, kMinChunk), 4);
