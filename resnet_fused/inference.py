@@ -5,10 +5,14 @@ A step is a batch norm, an addition or an activation. The first call of a convol
 seen which steps that takes, each the only use of what came before. From then on the layer puts its output off, for
 these steps and no others. Whoever else touches what is put off gets what has been reached, and the layer goes no
 further from then on.
+
+An output that was seen to go to convolutions is handed on to them as what it will be. It is computed when somebody else
+asks for something made of it, or for it: the host goes through many layers at once, before kernels sweep its caches.
 """
 
 from functools import cache
 from operator import is_, mul
+from threading import Lock
 from typing import NamedTuple
 from weakref import ref
 
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_leaves
 
-from .backend import available_backends, ops_for
+from .backend import available_backends, is_watched, select
 from .calls import is_plain, normalizing
 from .convolutions import CHANNELS_LAST, geometry_of, is_channels_last, is_dense, output_shape, strides_of
 from .deferred import (
@@ -43,6 +47,8 @@ NORMALIZED, ADDED = "batch norm", "add"
 LEAST_WORK = 2**24
 WORK_OF_OUTPUT, WORK_OF_PACKING = 64, 32
 TOO_LITTLE_WORK = "too little work"
+NO_ACTIVATION = "none", (), ""
+MOST_PENDING = 64  # layers that wait for one another, two or three Python frames each
 
 
 # Steps
@@ -101,7 +107,7 @@ def step_of(kind, function, args, kwargs):
         return None
     a, b = args if type(args[0]) is kind else args[::-1]
     is_in_place = function in ADDS_IN_PLACE
-    return Step(ADDED, a, b, is_in_place) if a is args[0] or not is_in_place else None
+    return Step(ADDED, a, b, is_in_place) if type(a) is kind and (a is args[0] or not is_in_place) else None
 
 
 def joins(tail, step):
@@ -112,7 +118,9 @@ def joins(tail, step):
         return not tail.steps and all(_is_vector(vector, tail) for vector in vectors)
     if step.name == ADDED:
         residual, layer = step.operand, tail.layer
-        is_tensor = type(residual) in (*_TENSORS, Chained, Followed) and residual.is_cpu
+        if type(residual) is Chained:
+            residual = residual.tail
+        is_tensor = type(residual) in (*_TENSORS, Chain, Followed) and residual.is_cpu
         is_alike = is_tensor and residual.shape == tail.shape and residual.dtype is tail.dtype
         return is_alike and ADDED not in tail.steps and layer.groups == 1 and not layer.transposed
     return step.name == "relu" or ADDED not in tail.steps
@@ -129,16 +137,23 @@ def _is_vector(tensor, tail):
 
 
 class Chain:
-    """What a convolution's output is to be after some steps. Nothing has been computed of it."""
+    """What a convolution's output, of a tensor or of another chain, is to be after some steps."""
 
-    __slots__ = ("layer", "learned", "layout", "input", "versions", "steps", "packed", "residual", "output")
+    __slots__ = (
+        *("layer", "learned", "layout", "input", "versions", "steps", "packed", "residual", "activation"),
+        *("output", "exposed", "is_read", "depth", "lock", "__weakref__"),
+    )
+    is_cpu = True
 
     def __init__(self, layer, learned, layout, input, versions, steps=(), packed=None, residual=None):
         self.layer, self.learned, self.layout, self.input, self.versions = layer, learned, layout, input, versions
-        self.steps, self.packed, self.residual, self.output = steps, packed, residual, None
+        self.steps, self.packed, self.residual, self.activation = steps, packed, residual, NO_ACTIVATION
+        self.output = self.exposed = None  # for other chains, and for everybody else
+        self.is_read, self.depth = False, 0  # by other chains; how many may wait for one another
+        self.lock = Lock()
 
     shape = property(lambda self: self.layout.shape)
-    dtype = property(lambda self: self.input.dtype)
+    dtype = property(lambda self: self.layout.options["dtype"])
 
     def take(self, step):
         """The tensor after the step, or None where that is not what was seen."""
@@ -155,52 +170,112 @@ class Chain:
             return None
         elif name == ADDED:
             if type(operand) is Chained:
-                residual = operand.tail if operand.tail.is_residual() else operand.tail.make()
+                tail = operand.tail
+                residual = tail.read() if tail.is_residual() or tail.is_handed_on() else tail.make()
             else:
                 residual = _counting_versions(operand)
             if type(residual) is not Chain:
                 versions = *versions, (residual, residual._version)
         chain = Chain(self.layer, learned, self.layout, self.input, versions, (*steps, name), packed, residual)
+        if name not in (NORMALIZED, ADDED):
+            chain.activation = name, *operand
         if is_in_place:
             input.tail = chain
-        if count + 1 < len(known):
-            return input if is_in_place else _chained(chain)
-        chain.output = chain.run() if name in (NORMALIZED, ADDED) else chain.run(name, *operand)
-        return chain.output
+        if count + 1 == len(known):
+            return chain.end(input if is_in_place else None)
+        return input if is_in_place else _chained(chain)
 
     def is_residual(self):
         """Whether it goes to an addition, and nowhere else."""
         return self.output is None and self.learned.steps == (*self.steps, ADDED)
 
+    def is_handed_on(self):
+        """Whether a convolution may take it as it is."""
+        return self.learned.hands_on and len(self.steps) == len(self.learned.steps)
+
+    def read(self):
+        """The chain itself, for another one."""
+        self.is_read = True
+        return self
+
+    def end(self, tensor=None):
+        """The output, when the last step has been taken; ``tensor``: what stands for it."""
+        if not self.learned.hands_on:
+            return self.make()
+        self.check()
+        if self._is_of_chains():
+            self.depth = 1 + max(self.input.depth, 0 if self.residual is None else self.residual.depth)
+        if not 0 < self.depth < MOST_PENDING:
+            self.value()
+        return _chained(self) if tensor is None else tensor
+
+    def _is_of_chains(self):
+        """Whether nobody can change what it is of, and not be seen."""
+        input, residual = self.input, self.residual
+        is_added = type(residual) is Chain and (residual.output is not None or residual._is_of_chains())
+        return type(input) is Chain and (residual is None or is_added)
+
     def make(self):
-        """What the plain layers give."""
-        if self.output is None:
-            self.learned.cut(len(self.steps))
-            self.output = self.run()
-        return self.output
+        """What the plain layers give, for others than convolutions."""
+        if self.exposed is None:
+            self.learned.hands_on = False
+            if self.output is None:
+                self.learned.cut(len(self.steps))
+                self.check()
+            output = self.value()
+            self.exposed = output.clone() if self.is_read else output  # which may be written to
+        return self.exposed
 
-    def run(self, *activation):
-        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # in which results would count no versions
-            with torch.inference_mode(False), torch.no_grad():
-                return self._run(*activation)
-        return self._run(*activation)
-
-    def _run(self, activation="none", scalars=(), algorithm=""):
-        packed, residual = self.packed or self.learned.packed_for(self, None), self.residual
+    def check(self):
+        """Take the parameters as they are now; an error where they, or what is read, are not what they were."""
         for tensor, version in self.versions:
             if tensor._version != version:
                 raise self.learned.error("its input or a parameter was changed in place before its output was used")
+        self.versions = ()
+        if self.packed is None:
+            self.packed = self.learned.packed_for(self, None)
+        if type(self.residual) is Chain:
+            self.residual.check()
+
+    def value(self):
+        """The output, for other chains."""
+        with self.lock:  # of this call: another thread may ask for the same
+            if self.output is None:
+                if torch.is_grad_enabled() or torch.is_inference_mode_enabled():  # whose results count no versions
+                    with torch.inference_mode(False), torch.no_grad():
+                        self.output = self._run()
+                else:
+                    self.output = self._run()
+                self.input = self.residual = None
+                self.depth = 0
+        return self.output
+
+    def _run(self):
+        packed, activation, input = self.packed, self.activation, self.input
+        if type(input) is Chain:
+            input = input.value()
         arguments = packed.weight, packed.bias, *packed.geometry
-        if residual is None:
-            return packed.op(self.input, *arguments, activation, scalars, algorithm)
+        if self.residual is None:
+            return packed.op(input, *arguments, *activation)
+        residual, is_own = self._take_residual()
         if self.shape.numel() == self.shape[0] * self.shape[1]:  # one value a channel, which torch 2.10 refuses
-            output = packed.op(self.input, *arguments, "none", (), "")
-            output += residual._run() if type(residual) is Chain else residual
-            return output if activation == "none" else output.relu_()
-        arguments += "add", 1.0, None if activation == "none" else activation, [], ""
-        if type(residual) is Chain:  # nobody else has what it gives: it is written to
-            return _ops._convolution_pointwise_.binary(residual._run(), self.input, *arguments)
-        return _ops._convolution_pointwise.binary(self.input, residual, *arguments)
+            output = packed.op(input, *arguments, *NO_ACTIVATION)
+            output += residual
+            return output if activation is NO_ACTIVATION else output.relu_()
+        arguments += "add", 1.0, None if activation is NO_ACTIVATION else activation[0], [], ""
+        if is_own:
+            return _ops._convolution_pointwise_.binary(residual, input, *arguments)
+        return _ops._convolution_pointwise.binary(input, residual, *arguments)
+
+    def _take_residual(self):
+        """What is added, and whether nobody else has it, nor will, so that it may be written to."""
+        if type(self.residual) is not Chain:
+            return self.residual, False
+        if self.residual.is_residual():
+            return self.residual._run(), True
+        chain = ref(self.residual)
+        self.residual = self.residual.value()
+        return self.residual, chain() is None
 
 
 def _counting_versions(tensor):
@@ -239,7 +314,7 @@ class Trail:
     def __init__(self, layer, input, output):
         self.layer, self.learned = layer, layer._learned
         self.dtype, self.shape = output.dtype, output.shape
-        self.steps, self.is_over = (), False
+        self.steps, self.is_over, self.hands_on = (), False, False
         self.outputs = []  # after so many steps, referenced weakly
         parameters = (parameter for parameter in (layer.weight, layer.bias) if parameter is not None)
         self.versions = [(tensor, tensor._version) for tensor in (input, *parameters) if not tensor.is_inference()]
@@ -263,6 +338,9 @@ class Trail:
         kept = [count for count, output in enumerate(self.outputs[: len(self.steps)]) if output() is not None]
         return self.steps[: min(kept, default=None)]
 
+    def learns_to_hand_on(self):
+        return self.hands_on and all(output() is None for output in self.outputs)
+
 
 class Followed(Traced):
     """A convolution's real output, or what has become of it, on its trail."""
@@ -276,14 +354,19 @@ class Followed(Traced):
 
     def let_go(self):
         self.trail.cut(self.count)
-        self.release()
-
-    def release(self):
         self.__class__ = Tensor
         del self.trail, self.count, self.is_used
 
+    def hand_on(self):
+        """To a convolution, which may have others beside it."""
+        self.trail.hands_on = True
+        self.let_go()
+
     @classmethod
     def asked(cls, function, types, args, kwargs):
+        for leaf in tree_leaves((args, kwargs)):
+            if type(leaf) is cls and leaf.trail.is_over and not leaf.is_used:  # after its last step
+                leaf.let_go()
         tensors = {id(leaf): leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is cls}.values()
         step = step_of(cls, function, args, kwargs)
         is_first_use = step is not None and step.operand is not step.input and not any(t.is_used for t in tensors)
@@ -303,12 +386,9 @@ class Followed(Traced):
                 tensor.trail.end()
         if step.name == ADDED and type(step.operand) is not cls and not step.operand.is_inference():
             trail.versions.append((step.operand, step.operand._version))
-        if step.name in (NORMALIZED, ADDED):
-            return cls.of(output, trail)
-        trail.end()
-        if type(output) is cls:  # changed in place
-            output.release()
-        return output
+        if step.name not in (NORMALIZED, ADDED):
+            trail.end()
+        return cls.of(output, trail)
 
 
 # What is known of a layer
@@ -322,6 +402,10 @@ class Layout(NamedTuple):
     converts: bool  # the input, to channels_last
     geometry: tuple
 
+    @property
+    def of_output(self):
+        return self.shape, self.options["strides"], self.options["dtype"]
+
 
 class Route(Learned):
     """The steps for which a convolution puts its output off, and its packed weights."""
@@ -331,6 +415,7 @@ class Route(Learned):
     def __init__(self, name):
         super().__init__(name)
         self.steps = self.trail = None
+        self.hands_on = False  # what has taken these to convolutions, and to nobody else
         self.refusal = None  # why the last layout that was asked for is none
         self.too_small = None  # the shape of an input of which there is too little to compute; to be asked about first
         self.packed, self.layouts = {}, {}
@@ -342,7 +427,7 @@ class Route(Learned):
     def is_watching(self):
         trail = self.trail
         if trail is not None and (trail.is_over or trail.outputs[-1]() is None or self.calls > 2):
-            self.steps, self.trail = trail.learnt(), None
+            self.steps, self.hands_on, self.trail = trail.learnt(), trail.learns_to_hand_on(), None
         return self.steps is None
 
     def watch(self, layer, input, output):
@@ -352,22 +437,28 @@ class Route(Learned):
 
     def put_off(self, layer, input, layout):
         """The layer's output, put off where a step may follow."""
-        input, weight, bias = _counting_versions(input), *parameters_of(layer)
-        versions = (input, input._version), (weight, weight._version)
+        weight, bias = parameters_of(layer)
+        versions = ((weight, weight._version),)
         if bias is not None:
             versions += ((bias, bias._version),)
+        if type(input) is Chain:
+            input.read()
+        else:
+            input = _counting_versions(input)
+            versions += ((input, input._version),)
         chain = Chain(layer, self, layout, input, versions)
-        return _chained(chain) if self.steps else chain.run()
+        return _chained(chain) if self.steps else chain.end()
 
     def layout(self, layer, input):
         """None where oneDNN does not take the convolution."""
         weight, _ = parameters_of(layer)
-        of_tensors = input.shape, input.stride(), input.dtype, weight.shape, weight.stride()
+        of_input = input.layout.of_output if type(input) is Chain else (input.shape, input.stride(), input.dtype)
+        of_tensors = *of_input, weight.shape, weight.stride()
         of_layer = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode, layer.output_padding
         key = of_tensors, of_layer
         layout = self.layouts.get(key, self)
         if layout is self:  # not asked for before
-            layout = _layout(layer, input)
+            layout = _layout(layer, _chained(input) if type(input) is Chain else input)
             self.refusal, layout = (layout, None) if isinstance(layout, str) else (None, layout)
             if self.refusal == TOO_LITTLE_WORK:
                 self.too_small = input.shape
@@ -415,7 +506,7 @@ def layout_for(layer, input):
     is_inferred = (
         not torch.is_grad_enabled()
         and not layer.training
-        and type(input) in _TENSORS
+        and type(input) in (*_TENSORS, Chain)
         and type(weight) in _TENSORS
         and input.is_cpu
         and input.dtype is weight.dtype
@@ -424,7 +515,8 @@ def layout_for(layer, input):
         and is_plain(layer)
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and ops_for(input) is not None
+        and not is_watched()
+        and select("cpu").ops is not None
     )
     return layer._learned.layout(layer, input) if is_inferred else None
 
@@ -465,11 +557,15 @@ def _unavailable(device_type, dtype):
     return None
 
 
-def as_plain(input):
-    """The tensor itself, of one that is followed, watched or put off, where a convolution takes it."""
-    if type(input) in (Followed, WatchedRectified):
+def source_of(input):
+    """What a convolution takes: the tensor itself, or the :class:`Chain` of one that is handed on to it."""
+    if type(input) is Followed:
+        input.hand_on()
+    elif type(input) is WatchedRectified:
         input.let_go()
-    return input.tail.make() if type(input) is Chained else input
+    elif type(input) is Chained:
+        return input.tail if input.tail.is_handed_on() else input.tail.make()
+    return input
 
 
 # Weights

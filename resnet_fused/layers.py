@@ -15,7 +15,7 @@ from .calls import CONVOLUTIONS, batch_norm_of, is_plain, normalizing
 from .convolutions import CHANNELS_LAST
 from .deferred import Traced, is_per_channel, is_small, note_compiled, settle
 from .folding import Convolved, note_batch_norm, put_off
-from .inference import NORMALIZED, Chained, Followed, Step, as_plain, layout_for, parameters_of
+from .inference import NORMALIZED, Chain, Chained, Followed, Step, layout_for, parameters_of, source_of
 from .ops import BatchNorm, Ops
 from .pooling import is_worth, max_pool2d
 from .recompute import recomputing
@@ -258,7 +258,7 @@ class Inferring(Swapped):
             return super().forward(input, *args, **kwargs)
         learned = self._learned
         if type(input) is not Tensor:
-            input = as_plain(input)
+            input = source_of(input)
         elif input.shape == learned.too_small:
             weight, bias = parameters_of(self)
             if weight is not None and self.plain_class.forward in _CONVOLVING:
@@ -267,6 +267,8 @@ class Inferring(Swapped):
         layout = layout_for(self, input)
         if layout is not None and (learned.steps is not None or not learned.is_watching()):
             return learned.put_off(self, input, layout)
+        if type(input) is Chain:
+            input = input.make()
         output = super().forward(input)
         return output if layout is None else learned.watch(self, input, output)
 

@@ -7,6 +7,7 @@ import io
 import itertools
 import pickle
 import threading
+import time
 import weakref
 
 import pytest
@@ -391,6 +392,69 @@ def sliced_input(self, X):
     return F.relu(self.conv1(torch.cat([X, X], 1)[:, 3:9]))
 
 
+def handed_on(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    Z = F.relu_(self.bn2(self.conv2(Y)))
+    return self.conv3(Z) + Y
+
+
+def handed_on_and_changed_later(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    Z = F.relu(self.bn2(self.conv2(Y)))
+    Y.zero_()
+    return self.conv3(Z) + Y
+
+
+def handed_on_and_a_view_changed(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    view = Y.permute(0, 2, 3, 1)
+    Z = F.relu(self.bn2(self.conv2(Y)))
+    view.zero_()
+    return self.conv3(Z)
+
+
+def handed_on_and_input_changed(self, X):
+    X = X * 1
+    Y = F.relu(self.bn1(self.conv1(X)))
+    X.zero_()
+    return self.conv3(F.relu(self.bn2(self.conv2(Y)))) + X
+
+
+def handed_on_and_residual_changed(self, X):
+    X = X * 1
+    Y = self.conv3(F.relu(self.bn1(self.conv1(X))))
+    Z = F.relu(self.bn2(self.conv2(Y)) + X)
+    X.zero_()
+    return self.conv3(Z)
+
+
+def handed_on_and_weight_changed(self, X):
+    Z = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))))
+    self.conv2.weight.mul_(2)
+    Z = self.conv3(Z) * 1
+    self.conv2.weight.div_(2)
+    return Z
+
+
+def weight_changed_after_the_relu(self, X):
+    Z = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X))))))
+    self.conv2.weight.mul_(2)
+    Z = Z * 1
+    self.conv2.weight.div_(2)
+    return Z
+
+
+def handed_on_to_batch_norm(self, X):
+    return self.bn3(F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(X)))))))
+
+
+def handed_on_by_the_shortcut(self, X):
+    X = F.relu(self.bn1(self.conv1(X)))
+    Y, X = self.bn2(self.conv2(X)), self.conv3(X)
+    Y += X
+    return self.conv1(F.relu(Y)) * X
+
+
 FORWARDS_OF_CONVOLUTIONS = [value for value in list(globals().values()) if getattr(value, "__code__", None)]
 FORWARDS_OF_CONVOLUTIONS = [f for f in FORWARDS_OF_CONVOLUTIONS if f.__code__.co_varnames[:2] == ("self", "X")]
 EVERY_FORWARD = [*FORWARDS_OF_CONVOLUTIONS, *(forward for forward in FORWARDS if forward is not in_another_thread)]
@@ -407,7 +471,7 @@ def set_forward(model, forward):
 @pytest.mark.parametrize("forward", EVERY_FORWARD, ids=lambda forward: forward.__name__)
 def test_a_forward_of_any_kind_also_after_the_layers_have_learnt_another(forward, memory_format):
     plain = ready(Layers(residual_block), memory_format=memory_format)
-    for learnt in (forward, residual_block, conv_used_twice, two_activations, residual_used_again):
+    for learnt in (forward, residual_block, handed_on, conv_used_twice, two_activations, residual_used_again):
         fused = copy.deepcopy(plain)
         fuse(fused, inference=True)
         for seed, function in enumerate((learnt, learnt, learnt, forward, forward, learnt, forward)):
@@ -420,6 +484,46 @@ def test_a_forward_of_any_kind_also_after_the_layers_have_learnt_another(forward
             for actual, expected in zip(*outputs, strict=True):
                 assert_close(actual, expected)
             assert torch.equal(input, other)
+
+
+def handed_on_and_changed(self, X):
+    Y = F.relu(self.bn1(self.conv1(X)))
+    Z = self.conv2(Y)
+    Y.mul_(2)
+    return self.conv3(F.relu(self.bn2(Z))) + Y
+
+
+def handed_on_without_batch_norm_and_weight_changed(self, X):
+    Z = self.conv2(F.relu(self.bn1(self.conv1(X))))
+    self.conv2.weight.mul_(2)
+    Z = self.conv3(Z) * 1
+    self.conv2.weight.div_(2)
+    return Z
+
+
+def handed_on_and_shortcuts_input_changed(self, X):
+    X = X * 1
+    Y = F.relu(self.bn1(self.conv1(X)))
+    Z = F.relu(self.bn2(self.conv2(Y)) + self.conv3(X))
+    X.zero_()
+    return self.conv4(Z)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        handed_on_and_changed,
+        handed_on_without_batch_norm_and_weight_changed,
+        handed_on_and_shortcuts_input_changed,
+    ],
+)
+def test_what_was_handed_on_is_of_what_it_was_given(forward):
+    """Of layers that have learnt this forward: it is in the middle of the steps that others take."""
+    model = Layers(forward)
+    model.conv4 = nn.Conv2d(6, 6, 1)
+    plain, fused = twins(ready(model))
+    for seed in range(5):
+        assert_close(fused(make_input(seed)), plain(make_input(seed)))
 
 
 def test_a_kept_output_stays_what_it_was():
@@ -450,6 +554,89 @@ def test_a_layer_goes_no_further_than_it_was_touched():
     fused.function = conv_used_twice
     fused(make_input())
     assert len([name for name in operators(lambda: fused(make_input())) if name.startswith(ONEDNN)]) == 1
+
+
+def blocks_in_a_row():
+    return nn.Sequential(conv_bn(nn.ReLU()), make_block(downsample=False), make_block(), conv_bn(nn.SiLU()))
+
+
+def test_what_goes_to_convolutions_is_computed_when_it_is_asked_for():
+    plain, fused = twins(ready(blocks_in_a_row()), make_input())
+    input = make_input(1)
+    assert_one_call_each(plain, fused, input, count=7)
+    for count, calls in ((1, 1), (2, 1), (3, 1), (4, 7)):  # the first, of a tensor, is computed at once
+        assert len(operators(lambda count=count: fused[:count](input))) == calls
+    handed_on = fused[:3](input)
+    assert type(handed_on) is not torch.Tensor
+    assert_close(handed_on * 1, plain[:3](input))
+    assert type(fused[:3](input)) is torch.Tensor  # since it went to a multiplication
+    assert_one_call_each(plain, fused, input, count=7)
+
+
+def test_a_shortcut_is_written_to_where_nobody_else_has_it():
+    plain, fused = twins(ready(blocks_in_a_row()), make_input())
+    input = make_input(1)
+    assert operators(lambda: fused(input)).count("mkldnn::_convolution_pointwise_") == 2
+    shortcut = fused[0](input)
+    assert_close(fused[1:](shortcut), plain(input))
+    assert_close(shortcut * 1, plain[0](input))
+
+
+def test_threads_that_ask_for_the_same_compute_it_once(monkeypatch):
+    plain, fused = twins(ready(blocks_in_a_row()), make_input())
+    run, runs, barrier, outputs = inference.Chain._run, [], threading.Barrier(4), []
+
+    def slow_run(*args):
+        time.sleep(0.01)
+        runs.append(args)
+        return run(*args)
+
+    def ask():
+        barrier.wait()
+        outputs.append(handed_on * 1)
+
+    monkeypatch.setattr(inference.Chain, "_run", slow_run)
+    handed_on = fused[:3](make_input(1))
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(runs) == 6 and len(outputs) == 4
+    for output in outputs:
+        assert_close(output, plain[:3](make_input(1)))
+
+
+def test_what_is_kept_is_not_handed_on():
+    plain, fused = twins(ready(blocks_in_a_row()))
+    kept = []
+    for seed in range(3):
+        kept.append(make_input(seed))
+        for layer in fused:
+            kept.append(layer(kept[-1]))
+    assert {type(tensor) for tensor in kept[len(fused) + 1 :]} == {torch.Tensor}  # but for the watched call's last
+    assert_close(kept[-1], plain(make_input(2)))
+
+
+def test_any_number_of_layers_in_a_row():
+    """More than Python has frames."""
+    plain, fused = twins(ready(nn.Sequential(*(nn.Conv2d(6, 6, 1) for _ in range(600)))), make_input())
+    assert_one_call_each(plain, fused, make_input(1), count=600)
+
+
+def test_what_is_computed_late_is_freed_in_turn(monkeypatch):
+    _, fused = twins(ready(nn.Sequential(*(conv_bn(nn.ReLU()) for _ in range(9)))), make_input())
+    run, outputs, alive = inference.Chain._run, [], []
+
+    def watched_run(*args):
+        output = run(*args)
+        outputs.append(weakref.ref(output))
+        alive.append(sum(output() is not None for output in outputs))
+        return output
+
+    monkeypatch.setattr(inference.Chain, "_run", watched_run)
+    fused(make_input())
+    assert len(outputs) == 9 and max(alive) <= 3
 
 
 def changes_its_input(self, X):
@@ -489,18 +676,22 @@ def test_what_changes_before_it_is_used_is_seen(forward):
 def test_hooks_see_and_change_outputs():
     for layer in ("conv1", "bn1", "relu"):
         plain, fused = twins(ready(make_block(downsample=False)), make_input())
-        seen = []
-
-        def hook(module, args, output, seen=seen):
-            seen.append(output)
-            return output * 2
-
+        seen = {plain: [], fused: []}
         for model in (plain, fused):
+
+            def hook(module, args, output, seen=seen[model]):
+                seen.append(output)
+                return output * 2
+
             getattr(model, layer).register_forward_hook(hook)
         for seed in range(3):
             assert_close(fused(make_input(seed)), plain(make_input(seed)))
-        assert len(seen) == 6 * (2 if layer == "relu" else 1)
-        assert {type(tensor) for tensor in seen} == {torch.Tensor}
+        for actual, expected in zip(seen[fused], seen[plain], strict=True):
+            assert_close(actual.clone(), expected)
+        calls = 2 if layer == "relu" else 1
+        assert len(seen[fused]) == 3 * calls
+        # What had been seen to go to a convolution alone is handed on when the hook first sees it.
+        assert {type(tensor) for tensor in seen[fused][calls:]} == {torch.Tensor}
 
 
 def test_nobodys_tensor_is_overwritten(memory_format):
