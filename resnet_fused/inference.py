@@ -191,7 +191,7 @@ class Chain:
 
     def is_handed_on(self):
         """Whether a convolution may take it as it is."""
-        return self.learned.hands_on and len(self.steps) == len(self.learned.steps)
+        return self.learned.hands_on and self.exposed is None and len(self.steps) == len(self.learned.steps)
 
     def read(self):
         """The chain itself, for another one."""
