@@ -158,6 +158,9 @@ class Chain:
     def take(self, step):
         """The tensor after the step, or None where that is not what was seen."""
         name, input, operand, is_in_place = step
+        if type(operand) is Chained:  # first: this chain may have to be computed for that
+            tail = operand.tail
+            operand = tail.read() if tail.is_residual() or tail.is_handed_on() else tail.make()
         learned, steps, packed, residual, versions = self.learned, self.steps, self.packed, self.residual, self.versions
         known, count = learned.steps, len(steps)
         if self.output is not None or count >= len(known) or known[count] != name or torch.is_grad_enabled():
@@ -169,12 +172,9 @@ class Chain:
         elif not joins(self, step):
             return None
         elif name == ADDED:
-            if type(operand) is Chained:
-                tail = operand.tail
-                residual = tail.read() if tail.is_residual() or tail.is_handed_on() else tail.make()
-            else:
-                residual = _counting_versions(operand)
+            residual = operand
             if type(residual) is not Chain:
+                residual = _counting_versions(residual)
                 versions = *versions, (residual, residual._version)
         chain = Chain(self.layer, learned, self.layout, self.input, versions, (*steps, name), packed, residual)
         if name not in (NORMALIZED, ADDED):

@@ -376,6 +376,7 @@ FAULTS = [
     Fault("class given inside unfused lost", FUSING, "if type(module) is plain[module] is not swapped_class:", "if plain[module] is not swapped_class:", "fusing"),
     Fault("learnt forgotten by unfused", FUSING, "                vars(module).update(state)\n", "", "fusing"),
     Fault("swapped before filter_fn has agreed to all", FUSING, "            swaps[module] = name, swapped\n", "            swaps[module] = name, swapped\n            set_class(module, swapped)\n", "fusing"),
+    Fault("outputs without versions watched", DEFERRED, " or output.is_inference():", ":", "fuse"),
     Fault("example inputs in training", FUSING, "model.eval()(*(inputs", "model(*(inputs", "fusing"),
     Fault("modes lost by example inputs", FUSING, "                module.training = training\n", "                pass\n", "fusing"),
     Fault("inference: changed before it is used", INFERENCE, "            if tensor._version != version:", "            if False:", "inference"),

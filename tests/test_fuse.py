@@ -738,6 +738,15 @@ def test_a_whole_network_keeps_its_numbers():
     assert isinstance(fused[1][0], FusedResidual)
 
 
+def test_a_first_call_in_inference_mode_of_an_input_made_outside():
+    plain, fused = twins(prepared(nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())), learns=False)
+    X = make_input()
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            for _ in range(2):
+                assert_equal(fused.eval()(X), plain.eval()(X))
+
+
 def test_inference_mode_sees_every_change_in_place():
     def forward(self, X):
         Y = self.conv1(X)

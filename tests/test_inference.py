@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 import weakref
+from random import Random
 
 import pytest
 import torch
@@ -353,6 +354,23 @@ def bounded_sum(self, X):
     return F.relu6(self.bn1(self.conv1(X)) + X)
 
 
+def doubled(self, X):
+    Y = self.bn2(self.conv2(X))
+    return F.relu(Y + Y)
+
+
+def identity_shortcut(self, X):
+    X = F.relu(self.bn1(self.conv1(X)))
+    return F.relu(self.bn2(self.conv2(X)) + X)
+
+
+def identity_shortcut_used_again(self, X):
+    X = F.relu(self.bn1(self.conv1(X)))
+    Y = self.bn2(self.conv2(X))
+    Z = X * 2
+    return F.relu(Y + X) + Z
+
+
 def broadcast_sum(self, X):
     return F.relu(self.bn1(self.conv1(X)) + X.mean((2, 3), keepdim=True))
 
@@ -524,6 +542,75 @@ def test_what_was_handed_on_is_of_what_it_was_given(forward):
     plain, fused = twins(ready(model))
     for seed in range(5):
         assert_close(fused(make_input(seed)), plain(make_input(seed)))
+
+
+OPERATIONS = {  # of what is there, a and b, by the n-th layers
+    "convolution": lambda net, n, a, b: net.conv[n](a),
+    "batch norm": lambda net, n, a, b: net.bn[n](net.conv[n](a)),
+    "ReLU": lambda net, n, a, b: F.relu(net.bn[n](net.conv[n](a))),
+    "ReLU in place": lambda net, n, a, b: F.relu_(net.bn[n](net.conv[n](a))),
+    "sum": lambda net, n, a, b: F.relu(net.bn[n](net.conv[n](a)) + b),
+    "sum in place": lambda net, n, a, b: F.relu_(net.bn[n](net.conv[n](a)).add_(b)),
+    "sum of two": lambda net, n, a, b: F.relu(net.bn[n](net.conv[n](a)).add_(net.bn[n - 1](net.conv[n - 1](b)))),
+    "SiLU": lambda net, n, a, b: F.silu(net.conv[n](a)),
+}
+OTHER_OPERATIONS = {
+    "plain sum": lambda net, n, a, b: a + b,
+    "plain ReLU in place": lambda net, n, a, b: F.relu_(a),
+    "changed": lambda net, n, a, b: a.mul_(0.5),
+    "changed by what is there": lambda net, n, a, b: a.add_(b, alpha=0.5),
+    "a view changed": lambda net, n, a, b: (a.permute(0, 2, 3, 1)[..., :2].mul_(0.5), a)[1],
+    "weight changed": lambda net, n, a, b: (net.conv[n].weight.mul_(-1), a)[1],
+    "batch norm changed": lambda net, n, a, b: (net.bn[n].weight.mul_(0.5), a)[1],
+}
+
+
+class Programmed(nn.Module):
+    """Runs a list of (operation, which are a and b, number of the layers); gives the last values."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.ModuleList(nn.Conv2d(6, 6, size, padding=size // 2) for size in (3, 1, 3, 1, 3))
+        self.bn = nn.ModuleList(nn.BatchNorm2d(6) for _ in self.conv)
+
+    def forward(self, X, program):
+        values = [X * 1]
+        for operation, a, b, n in program:
+            values = [*values[-3:], operation(self, n, values[a % len(values)], values[b % len(values)])]
+        return values
+
+
+def a_program(random):
+    """Mostly layers, each of the last value."""
+    operations = [*OPERATIONS.values()] * random.choice((1, 4)) + [*OTHER_OPERATIONS.values()]
+    numbers = (-1, -1, -1, 0, 1, 2)
+    return [
+        (random.choice(operations), random.choice(numbers), random.randrange(4), random.randrange(5))
+        for _ in range(random.randrange(2, 12))
+    ]
+
+
+@pytest.mark.parametrize("seeds", [range(start, start + 40) for start in range(0, 200, 40)], ids=str)
+def test_random_programs(seeds):
+    """That take turns, after three calls of the first; outputs are used after the call."""
+    for seed in seeds:
+        random = Random(seed)
+        plain, fused = twins(ready(Programmed()))
+        programs = [a_program(random) for _ in range(random.randrange(1, 4))]
+        mode = random.choice((torch.no_grad, torch.no_grad, torch.inference_mode))
+        for call in range(9):
+            program, input = programs[0] if call < 3 else random.choice(programs), make_input(call)
+            with mode():
+                expected = plain(input, program)
+            try:
+                with mode():
+                    actual = fused(input, program)
+                actual = [value * 1 for value in actual]
+            except RuntimeError as error:  # between a convolution and its activation
+                assert "was changed in place" in str(error), (seed, call)
+                break
+            for values in zip(actual, expected, strict=True):
+                torch.testing.assert_close(*values, rtol=1e-4, atol=1e-4, msg=lambda m: f"{seed}, {call}: {m}")  # noqa: B023
 
 
 def test_a_kept_output_stays_what_it_was():
@@ -976,6 +1063,11 @@ def test_inference_mode():
         plain.function = fused.function = forward
         with torch.inference_mode():  # tensors made here count no versions
             assert_close(fused(make_input() * 1), plain(make_input() * 1))
+    plain, fused = twins(ready(Layers(identity_shortcut)), make_input())
+    for forward in (identity_shortcut, identity_shortcut_used_again, identity_shortcut):
+        plain.function = fused.function = forward
+        with torch.inference_mode():
+            assert_close(fused(make_input()), plain(make_input()))
     with torch.inference_mode():
         plain = ready(make_block())
         _, fused = twins(plain, make_input())
