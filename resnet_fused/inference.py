@@ -234,8 +234,9 @@ class Chain:
         self.versions = ()
         if self.packed is None:
             self.packed = self.learned.packed_for(self, None)
-        if type(self.residual) is Chain:
-            self.residual.check()
+        residual = self.residual  # which another thread may let go of
+        if type(residual) is Chain:
+            residual.check()
 
     def value(self):
         """The output, for other chains."""
