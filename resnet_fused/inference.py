@@ -155,6 +155,9 @@ class Chain:
     shape = property(lambda self: self.layout.shape)
     dtype = property(lambda self: self.layout.options["dtype"])
 
+    def stride(self):
+        return self.layout.options["strides"]
+
     def take(self, step):
         """The tensor after the step, or None where that is not what was seen."""
         name, input, operand, is_in_place = step
@@ -403,10 +406,6 @@ class Layout(NamedTuple):
     converts: bool  # the input, to channels_last
     geometry: tuple
 
-    @property
-    def of_output(self):
-        return self.shape, self.options["strides"], self.options["dtype"]
-
 
 class Route(Learned):
     """The steps for which a convolution puts its output off, and its packed weights."""
@@ -416,7 +415,7 @@ class Route(Learned):
     def __init__(self, name):
         super().__init__(name)
         self.steps = self.trail = None
-        self.hands_on = False  # what has taken these to convolutions, and to nobody else
+        self.hands_on = False  # the output after these steps, which was seen to go to convolutions alone
         self.refusal = None  # why the last layout that was asked for is none
         self.too_small = None  # the shape of an input of which there is too little to compute; to be asked about first
         self.packed, self.layouts = {}, {}
@@ -453,8 +452,7 @@ class Route(Learned):
     def layout(self, layer, input):
         """None where oneDNN does not take the convolution."""
         weight, _ = parameters_of(layer)
-        of_input = input.layout.of_output if type(input) is Chain else (input.shape, input.stride(), input.dtype)
-        of_tensors = *of_input, weight.shape, weight.stride()
+        of_tensors = input.shape, input.stride(), input.dtype, weight.shape, weight.stride()
         of_layer = layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode, layer.output_padding
         key = of_tensors, of_layer
         layout = self.layouts.get(key, self)
